@@ -8,7 +8,14 @@ VERSION = "0.1.0"
 
 DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"]
-DEV = [*BENCH, "ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML", "bitsandbytes==0.50.2; sys_platform == 'linux'"]
+DEV = [
+    *BENCH,
+    "ruff>=0.14",
+    "mypy>=1.18",
+    "pytest-xdist>=3.6",
+    "types-PyYAML",
+    "bitsandbytes==0.50.2; sys_platform == 'linux'",
+]
 
 setup(
     name="qkernels-qlora",

@@ -1,6 +1,6 @@
 """The one error a user causes and can mend.
 
-Room: every part of `qkernels` and `qlora` raises `UserError` for wrong input; the command line turns it into one line on
+Room: all of `qkernels` and `qlora` raises `UserError` for wrong input; the command line turns it into one line on
 stderr and exit code 2.  It is a `ValueError`, so library users who catch `ValueError` need not know it.
 """
 

@@ -1,0 +1,191 @@
+"""Every input check of `qkernels` and its message: argument, expected, got, remedy.
+
+Room: checks only look.  None casts, copies or moves anything; each raises `UserError`, a `ValueError`, or returns None.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import UserError
+from .format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, block_count, packed_length
+from .quant_state import QuantState
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise UserError(name, expected="a torch.Tensor", got=type(value).__name__, remedy="Pass a tensor.")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise UserError(
+            f"{name}.dtype",
+            expected=_names(FLOAT_DTYPES),
+            got=tensor.dtype,
+            remedy="Convert it with .to(torch.float16), .to(torch.bfloat16) or .to(torch.float32).",
+        )
+
+
+def check_not_empty(name: str, tensor: torch.Tensor) -> None:
+    if tensor.numel() == 0:
+        raise UserError(
+            name,
+            expected="at least one element",
+            got=f"shape {tuple(tensor.shape)}",
+            remedy="There is nothing to quantize; leave this tensor as it is.",
+        )
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise if `tensor` holds NaN or Inf; reads it once more and waits for the device."""
+    if torch.isfinite(tensor).all():
+        return
+    nans, infs = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    raise UserError(
+        name,
+        expected="finite values",
+        got=f"{nans} NaN and {infs} Inf among {tensor.numel()} elements",
+        remedy="Quantizing them would silently spoil their blocks: mend the weights, or pass check_finite=False.",
+    )
+
+
+def check_blocksize(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise UserError(
+            "blocksize", expected=f"one of {', '.join(map(str, BLOCKSIZES))}", got=repr(blocksize), remedy="Use 64."
+        )
+
+
+def check_quant_type(quant_type: str) -> None:
+    if quant_type not in QUANT_TYPES:
+        raise UserError(
+            "quant_type", expected=f"one of {', '.join(QUANT_TYPES)}", got=repr(quant_type), remedy="Use 'nf4'."
+        )
+
+
+def check_quant_storage(quant_storage: torch.dtype) -> None:
+    if quant_storage not in QUANT_STORAGES:
+        raise UserError(
+            "quant_storage", expected=_names(QUANT_STORAGES), got=repr(quant_storage), remedy="Use torch.uint8."
+        )
+
+
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if tensor.device != other.device:
+        raise UserError(
+            name,
+            expected=f"the device of {other_name}, {other.device}",
+            got=str(tensor.device),
+            remedy=f"Move one of them: {name}.to({str(other.device)!r}).",
+        )
+
+
+def check_out(name: str, out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    check_tensor(name, out)
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise UserError(
+            name,
+            expected=f"a contiguous tensor of shape {tuple(shape)}, {dtype}, on {device}",
+            got=f"shape {tuple(out.shape)}, strides {out.stride()}, {out.dtype}, on {out.device}",
+            remedy="Allocate it with torch.empty of that shape, dtype and device, or leave it out.",
+        )
+
+
+def check_code(code: torch.Tensor) -> None:
+    check_tensor("code", code)
+    if code.shape != (256,) or code.dtype != torch.float32:
+        raise UserError(
+            "code",
+            expected="float32 of shape (256,), ascending",
+            got=f"{code.dtype} of shape {tuple(code.shape)}",
+            remedy="Use create_dynamic_map().",
+        )
+
+
+def check_absmax(absmax: torch.Tensor, n: int, blocksize: int, dtype: torch.dtype) -> None:
+    check_tensor("absmax", absmax)
+    blocks = block_count(n, blocksize)
+    if absmax.numel() != blocks or absmax.dtype != dtype:
+        raise UserError(
+            "absmax",
+            expected=f"{blocks} scales ({n} elements in blocks of {blocksize}) of {dtype}",
+            got=f"{absmax.numel()} of {absmax.dtype}",
+            remedy="Pass the absmax and blocksize that the tensor was quantized with.",
+        )
+
+
+def check_packed(name: str, packed: torch.Tensor, n: int) -> None:
+    """`packed` holds exactly `n` nibbles."""
+    check_tensor(name, packed)
+    check_quant_storage(packed.dtype)
+    expected = packed_length(n, packed.dtype)
+    if packed.numel() != expected or not packed.is_contiguous():
+        raise UserError(
+            name,
+            expected=f"{expected} contiguous elements of {packed.dtype}, the packed form of {n} weights",
+            got=f"shape {tuple(packed.shape)}, strides {packed.stride()}",
+            remedy="Pass the packed tensor together with the quant_state that quantize_4bit returned with it.",
+        )
+
+
+def check_quant_state(quant_state: QuantState | None, packed_name: str, packed: torch.Tensor) -> None:
+    """A 4-bit state that fits `packed`: complete, consistent, and on the same device."""
+    if not isinstance(quant_state, QuantState):
+        raise UserError(
+            "quant_state",
+            expected="a qkernels.QuantState",
+            got=type(quant_state).__name__,
+            remedy="Pass the state that quantize_4bit returned beside the packed tensor.",
+        )
+    check_blocksize(quant_state.blocksize)  # type: ignore[arg-type]
+    check_quant_type(quant_state.quant_type)  # type: ignore[arg-type]
+    if quant_state.dtype not in FLOAT_DTYPES or quant_state.shape is None:
+        raise UserError(
+            "quant_state",
+            expected=f"a shape, and a dtype out of {_names(FLOAT_DTYPES)}",
+            got=f"shape {quant_state.shape}, dtype {quant_state.dtype}",
+            remedy="Pass a state made by quantize_4bit.",
+        )
+    assert quant_state.blocksize is not None
+    n = torch.Size(quant_state.shape).numel()
+    check_packed(packed_name, packed, n)
+    check_same_device(packed_name, packed, "quant_state.absmax", quant_state.absmax)
+    check_absmax(quant_state.absmax, n, quant_state.blocksize, torch.uint8 if quant_state.nested else torch.float32)
+    if quant_state.state2 is not None:
+        if quant_state.state2.blocksize != 256 or quant_state.offset is None:
+            raise UserError(
+                "quant_state.state2",
+                expected="an offset, and blocks of 256",
+                got=f"offset {quant_state.offset}, blocks of {quant_state.state2.blocksize}",
+                remedy="Quantize with compress_statistics=True.",
+            )
+        check_absmax(quant_state.state2.absmax, quant_state.absmax.numel(), 256, torch.float32)
+
+
+def check_matmul(A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None) -> None:
+    """A[..., K] times the transpose of the weight [N, K] that B and quant_state hold, plus bias[N]."""
+    check_floating("A", A)
+    check_quant_state(quant_state, "B", B.view(-1) if isinstance(B, torch.Tensor) else B)
+    check_same_device("A", A, "B", B)
+    assert quant_state.shape is not None
+    shape = tuple(quant_state.shape)
+    if len(shape) != 2 or A.dim() == 0 or A.shape[-1] != shape[1]:
+        raise UserError(
+            "A",
+            expected=f"a last dimension of K = {shape[-1]}, for a weight of shape {shape} = (N, K)",
+            got=f"shape {tuple(A.shape)}",
+            remedy="The weight is stored as (out_features, in_features); quantize it in that orientation.",
+        )
+    if bias is not None:
+        check_floating("bias", bias)
+        check_same_device("bias", bias, "A", A)
+        if tuple(bias.shape) != (shape[0],):
+            raise UserError(
+                "bias", expected=f"shape ({shape[0]},)", got=str(tuple(bias.shape)), remedy="One value an output."
+            )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,207 @@
+"""The operators: schemas, shapes for tracing, and the implementation for each device.
+
+Room: registration.  torch's dispatcher picks the implementation by the device of the tensors: plain torch on the CPU
+(`reference.py`), Triton on CUDA (`kernels/`).  Nothing falls back from one to the other.  `torch.compile` sees opaque
+operators with known output shapes.  Inputs are checked in `functional.py`, before these are called.
+
+With double quantization `absmax` is the float32 scale of the scales, and `absmax_8bit, absmax_code, absmax_offset` are
+given; without, these are None and `absmax` holds one scale a block.  (The convention of bitsandbytes' gemm_4bit.)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .format import block_count, packed_length
+from .reference import (
+    decode_absmax_reference,
+    dequantize_4bit_reference,
+    dequantize_blockwise_reference,
+    quantize_4bit_reference,
+    quantize_blockwise_reference,
+)
+
+_NESTED = "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None"
+_WEIGHT = "Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
+_DEQUANTIZE = f"Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, {_NESTED}"
+_DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
+
+SCHEMAS = {
+    "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    "dequantize_4bit": f"({_DEQUANTIZE}) -> Tensor",
+    "dequantize_4bit.out": f"({_DEQUANTIZE}, *, Tensor(a!) out) -> ()",
+    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "dequantize_blockwise": f"({_DEQUANTIZE_BLOCKWISE}) -> Tensor",
+    "dequantize_blockwise.out": f"({_DEQUANTIZE_BLOCKWISE}, *, Tensor(a!) out) -> ()",
+    # y[..., N] = A[..., K] W[N, K]^T + bias
+    "gemm_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias=None, {_NESTED}) -> Tensor",
+    # dA[..., K] = grad[..., N] W[N, K]
+    "gemm_4bit_dx": f"(Tensor grad, {_WEIGHT}, {_NESTED}) -> Tensor",
+}
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"qkernels::{_name}", _schema)
+
+
+@torch.library.register_fake("qkernels::quantize_4bit")
+def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    n = A.numel()
+    packed = A.new_empty((packed_length(n, quant_storage), 1), dtype=quant_storage)
+    return packed, A.new_empty(block_count(n, blocksize), dtype=torch.float32)
+
+
+@torch.library.register_fake("qkernels::dequantize_4bit")
+def _(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    return A.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qkernels::dequantize_4bit.out")
+@torch.library.register_fake("qkernels::dequantize_blockwise.out")
+def _(*args: object, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("qkernels::quantize_blockwise")
+def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@torch.library.register_fake("qkernels::dequantize_blockwise")
+def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    return A.new_empty(A.shape, dtype=dtype)
+
+
+@torch.library.register_fake("qkernels::gemm_4bit")
+def _(A: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
+    return A.new_empty((*A.shape[:-1], shapeB[0]))
+
+
+@torch.library.register_fake("qkernels::gemm_4bit_dx")
+def _(grad: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], shapeB[1]))
+
+
+# ---- CPU: the reference ----
+
+
+@torch.library.impl("qkernels::quantize_4bit", "CPU")
+def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_4bit_reference(A, blocksize, quant_type, quant_storage)
+
+
+@torch.library.impl("qkernels::dequantize_4bit", "CPU")
+def _(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    if absmax_8bit is not None:
+        assert absmax_code is not None
+        assert absmax_offset is not None
+        absmax = decode_absmax_reference(absmax_8bit, absmax, absmax_code, absmax_offset)
+    return dequantize_4bit_reference(A, absmax, blocksize, quant_type, list(shape), dtype)
+
+
+@torch.library.impl("qkernels::dequantize_4bit.out", "CPU")
+def _(*args: object, out: Tensor) -> None:
+    out.copy_(torch.ops.qkernels.dequantize_4bit.default(*args))
+
+
+@torch.library.impl("qkernels::quantize_blockwise", "CPU")
+def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return quantize_blockwise_reference(A, code, blocksize)
+
+
+@torch.library.impl("qkernels::dequantize_blockwise", "CPU")
+def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    return dequantize_blockwise_reference(A, absmax, code, blocksize, dtype)
+
+
+@torch.library.impl("qkernels::dequantize_blockwise.out", "CPU")
+def _(*args: object, out: Tensor) -> None:
+    out.copy_(torch.ops.qkernels.dequantize_blockwise.default(*args))
+
+
+# ---- Products, both devices: dequantize to the activations' dtype, then the platform's matrix product ----
+
+
+@torch.library.impl("qkernels::gemm_4bit", ("CPU", "CUDA"))
+def _(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    *nested: Tensor | None,
+) -> Tensor:
+    W = torch.ops.qkernels.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested)
+    return F.linear(A, W, bias)
+
+
+@torch.library.impl("qkernels::gemm_4bit_dx", ("CPU", "CUDA"))
+def _(
+    grad: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    *nested: Tensor | None,
+) -> Tensor:
+    W = torch.ops.qkernels.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
+    return grad @ W
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Under autocast, cast the activations and the bias of a product, and only them: scales and tables stay float32."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def gemm_4bit(
+        A: Tensor,
+        B: Tensor,
+        shapeB: Sequence[int],
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None = None,
+        *nested: Tensor | None,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        bias = None if bias is None else bias.to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.qkernels.gemm_4bit.default(
+                A.to(dtype), B, shapeB, absmax, blocksize, quant_type, bias, *nested
+            )
+
+    torch.library.impl("qkernels::gemm_4bit", dispatch_key)(gemm_4bit)
+
+
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")
+
+# Triton exists on Linux only; elsewhere the CPU operators above are all there is.
+if importlib.util.find_spec("triton") is not None:
+    from . import ops_cuda  # noqa: F401

@@ -1,0 +1,154 @@
+"""The mathematics in plain torch: the CPU backend, and the truth that the kernels are compared with.
+
+Room: any device, no Triton, no input checks.  Written to be read beside `format.py`; every rounding is on purpose.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .format import (
+    FP4_PATTERNS,
+    FP4_THRESHOLDS,
+    NESTED_BLOCKSIZE,
+    NF4_THRESHOLDS,
+    SMALLEST_NORMAL,
+    ZERO_INDEX,
+    block_count,
+    blockwise_thresholds,
+    code_table,
+    packed_length,
+)
+
+
+def quantize_4bit_reference(
+    A: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to packed 4-bit codes.
+
+    Args:
+        A: float32, float16 or bfloat16, any shape.
+
+    Returns:
+        packed bytes viewed as `quant_storage`, shape [ceil(ceil(n/2) / itemsize), 1], padding bytes zero; and absmax
+        float32[ceil(n/blocksize)].
+    """
+    scaled, absmax = _scale_blocks(A, blocksize)
+    if quant_type == "nf4":
+        index = torch.bucketize(scaled, scaled.new_tensor(NF4_THRESHOLDS), out_int32=True)
+    else:
+        rank = torch.bucketize(scaled.abs(), scaled.new_tensor(FP4_THRESHOLDS), out_int32=True)
+        index = torch.tensor(FP4_PATTERNS, dtype=torch.int32, device=A.device)[rank] + 8 * (scaled < 0)
+    # torch sorts NaN above every threshold; the format puts it at index 0, where no comparison holds.
+    index = torch.where(scaled.isnan(), 0, index)
+    index = torch.where((absmax == 0)[:, None], ZERO_INDEX[quant_type], index)
+    # The nibble that fills up an odd length is that of a zero: the index of the padding.
+    even = A.numel() + A.numel() % 2
+    return pack_nibbles(index.reshape(-1)[:even], quant_storage), absmax
+
+
+def dequantize_4bit_reference(
+    A: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: tuple[int, ...] | list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Decode packed 4-bit codes.
+
+    Args:
+        A: packed codes, any storage dtype.
+        absmax: float32 scales, one a block (decoded, if they were quantized).
+
+    Returns:
+        Tensor of `shape` and `dtype`: table value times scale in float32, rounded once.
+    """
+    n = torch.Size(shape).numel()
+    values = code_table(quant_type, A.device)[unpack_nibbles(A, n)]
+    return _unscale_blocks(values, absmax, blocksize).to(dtype).reshape(shape)
+
+
+def quantize_blockwise_reference(
+    A: torch.Tensor, code: torch.Tensor, blocksize: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to 8-bit indices into `code`.
+
+    Args:
+        A: float32, float16 or bfloat16, any shape.
+        code: float32[256], ascending.
+
+    Returns:
+        uint8 indices of A's shape, and absmax float32[ceil(n/blocksize)].
+    """
+    scaled, absmax = _scale_blocks(A, blocksize)
+    index = torch.bucketize(scaled, blockwise_thresholds(code), out_int32=True)
+    # A NaN (an all-zero block: 0 * inf) fails every comparison, so it takes index 0.
+    index = torch.where(scaled.isnan(), 0, index)
+    return index.to(torch.uint8).reshape(-1)[: A.numel()].reshape(A.shape), absmax
+
+
+def dequantize_blockwise_reference(
+    A: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, blocksize: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Decode 8-bit indices: `code[A] * absmax` in float32, rounded once to `dtype`; A's shape."""
+    values = code[A.reshape(-1).int()]
+    return _unscale_blocks(values, absmax, blocksize).to(dtype).reshape(A.shape)
+
+
+def decode_absmax_reference(
+    absmax_8bit: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
+    """Decode double-quantized scales: `round(code[i] * absmax) + offset`, two roundings, float32[blocks].
+
+    Args:
+        absmax_8bit: uint8[blocks].
+        absmax: float32[ceil(blocks/256)], the scales of the scales.
+        code: float32[256].
+        offset: float32 scalar tensor.
+    """
+    return dequantize_blockwise_reference(absmax_8bit, absmax, code, NESTED_BLOCKSIZE, torch.float32) + offset
+
+
+def pack_nibbles(index: torch.Tensor, quant_storage: torch.dtype) -> torch.Tensor:
+    """Pack 4-bit indices, two a byte, the even element in the high nibble; [m, 1] of `quant_storage`, zero-padded."""
+    length = packed_length(index.numel(), quant_storage)
+    padded = torch.zeros(2 * length * quant_storage.itemsize, dtype=torch.uint8, device=index.device)
+    padded[: index.numel()] = index
+    return (padded[::2] << 4 | padded[1::2]).view(quant_storage).unsqueeze(1)
+
+
+def unpack_nibbles(A: torch.Tensor, n: int) -> torch.Tensor:
+    """The first `n` 4-bit indices of packed bytes, int32[n]."""
+    packed = A.reshape(-1).view(torch.uint8)
+    return torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:n].int()
+
+
+def _scale_blocks(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks divided by their absmax, float32[blocks, blocksize] (the tail padded with zeros), and absmax."""
+    n = A.numel()
+    blocks = A.new_zeros(block_count(n, blocksize) * blocksize, dtype=torch.float32)
+    blocks[:n] = A.reshape(-1)
+    blocks = blocks.reshape(-1, blocksize)
+    # The GPU's maximum skips NaN, and flushes a subnormal result to zero.
+    absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+    absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
+    # A product with the reciprocal, not a quotient: so does the GPU, and the two round differently.
+    reciprocal = 1.0 / absmax
+    reciprocal = torch.where(reciprocal < SMALLEST_NORMAL, 0.0, reciprocal)
+    return blocks * reciprocal[:, None], absmax
+
+
+def _unscale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """`values` (flat, float32) times the scale of their block."""
+    n = values.numel()
+    full = n // blocksize
+    scaled = torch.empty_like(values)
+    torch.mul(
+        values[: full * blocksize].view(full, blocksize),
+        absmax[:full, None],
+        out=scaled[: full * blocksize].view(full, blocksize),
+    )
+    if full * blocksize < n:
+        torch.mul(values[full * blocksize :], absmax[full], out=scaled[full * blocksize :])
+    return scaled
