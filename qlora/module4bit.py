@@ -1,0 +1,268 @@
+"""`Module4bit`: what `Linear4bit` and `Embedding4bit` share: moving, saving, loading and dequantizing a 4-bit weight.
+
+Room: the modules; torch and qkernels only.
+
+The weight is a `Params4bit` that carries its own scales.  Only where something else has replaced it by a bare tensor
+of the same bytes (FSDP's flat or sharded parameters) does the layer fall back on the scales it saw last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkernels import QuantState, dequantize_4bit
+from qkernels.errors import UserError
+
+from .params4bit import Params4bit, map_state, packed_elements
+
+_STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+class Module4bit(nn.Module):
+    """A module whose `weight` is a `Params4bit`.
+
+    Attributes:
+        weight: the parameter; float until the first move to a device, packed codes afterwards.
+        quant_state: scales and metadata of the packed codes; None while the weight is float.
+        weight_name: how error messages call the weight: its name in the model where a state_dict told it.
+    """
+
+    weight: Params4bit | nn.Parameter
+
+    def _init_weight(self, weight: torch.Tensor, **fields: Any) -> None:
+        self._last_quant_state: QuantState | None = None
+        self._known_name = ""
+        self.weight = Params4bit(weight, module=self, **fields)
+
+    @property
+    def quant_state(self) -> QuantState | None:
+        if isinstance(self.weight, Params4bit):
+            return self.weight.quant_state
+        return self._last_quant_state
+
+    @quant_state.setter
+    def quant_state(self, quant_state: QuantState | None) -> None:
+        self._last_quant_state = quant_state
+        if isinstance(self.weight, Params4bit):
+            self.weight.quant_state = quant_state
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self._known_name}.weight" if self._known_name else f"weight of {self._get_name()}"
+
+    @property
+    def quant_storage(self) -> torch.dtype:
+        """dtype the packed bytes are viewed as."""
+        return self.weight.quant_storage if isinstance(self.weight, Params4bit) else self.weight.dtype
+
+    @property
+    def W_q(self) -> Params4bit | nn.Parameter:
+        """The packed weight under the name by which peft finds layers that dequantize themselves (DoRA needs it)."""
+        return self.weight
+
+    def _packed(self) -> tuple[torch.Tensor, QuantState]:
+        """The packed codes and their scales, or a clear error where there are none."""
+        quant_state = self.quant_state
+        if quant_state is None:
+            raise UserError(
+                self.weight_name,
+                expected="a quantized weight",
+                got=f"{self.weight.dtype} on {self.weight.device}, not quantized yet",
+                remedy="Move the layer to its device first: .to('cuda') or .to('cpu') quantizes it.",
+            )
+        if not isinstance(self.weight, Params4bit) and self.weight.numel() != packed_elements(
+            quant_state, self.weight.dtype
+        ):
+            raise UserError(
+                self.weight_name,
+                expected=f"the packed codes of a {tuple(quant_state.shape or ())} weight",
+                got=f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)}",
+                remedy="Assign a Params4bit, or load a state_dict.",
+            )
+        return self.weight, quant_state
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as the layer uses it.
+
+        Args:
+            dtype: float32, float16 or bfloat16; None is the dtype of the weight that was quantized.
+
+        Returns:
+            Tensor of the original weight's shape, each value rounded once to `dtype`.
+
+        Raises:
+            UserError: the weight is not quantized yet.
+        """
+        packed, quant_state = self._packed()
+        if dtype is not None:
+            quant_state = copy.copy(quant_state)
+            quant_state.dtype = dtype
+        with torch.no_grad():
+            return dequantize_4bit(packed.data, quant_state)
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        if not isinstance(weight, Params4bit):
+            return super().extra_repr()
+        parts = [
+            super().extra_repr(),
+            f"quant_type={weight.quant_type}",
+            f"blocksize={weight.blocksize}",
+            f"double_quant={weight.compress_statistics}",
+            f"quant_storage={weight.quant_storage}",
+            "quantized" if weight.bnb_quantized else "not quantized yet",
+        ]
+        return ", ".join(parts)
+
+    # Moving.
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module4bit:
+        weight = self.weight
+        if not isinstance(weight, Params4bit):
+            return super()._apply(fn, recurse)  # type: ignore[return-value]
+        # nn.Module would keep the old scales beside moved bytes, and lose the class on the way from or to "meta".
+        with self._weight_set_aside():
+            super()._apply(fn, recurse)
+        with torch.no_grad():
+            applied = fn(weight)
+        if applied is not weight:
+            self._take(_as_params4bit(applied, weight))
+        return self
+
+    def _take(self, new: Params4bit) -> None:
+        """Make `new` the layer's weight, inside the present Parameter object where torch can (others may hold it)."""
+        old = self.weight
+        new.module = self
+        if isinstance(old, Params4bit) and torch._has_compatible_shallow_copy_type(old, new):
+            old.data = new.data
+            old.__dict__.update(new.__dict__)
+        else:
+            self.weight = new
+        self._last_quant_state = new.quant_state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickles and deep copies of a Params4bit come without their layer.
+        if isinstance(self.weight, Params4bit) and self.weight.module is None:
+            self.weight.module = self
+
+    # Saving and loading.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quant_state is not None:
+            for key, tensor in self.quant_state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._known_name = prefix.rstrip(".") or self._known_name
+        value = state_dict.get(f"{prefix}weight")
+        stats = _quantized_stats(state_dict, f"{prefix}weight.")
+        if not stats and (value is None or self.quant_state is None):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        ours = {f"{prefix}weight", *(f"{prefix}weight.{key}" for key in stats)}
+        rest = {key: tensor for key, tensor in state_dict.items() if key not in ours}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        if self.weight.is_meta and not assign:
+            # The packed codes bring their own memory; a bias left on "meta" beside them would help nobody.
+            rest = {key: tensor.detach().clone() for key, tensor in rest.items()}
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        with self._weight_set_aside():
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        try:
+            self._take(self._loaded_weight(value, stats, assign))
+        except UserError as error:
+            # torch collects what is wrong with every layer and raises once, with strict=False too.
+            error_msgs.append(str(error))
+
+    def _loaded_weight(self, value: torch.Tensor | None, stats: dict[str, torch.Tensor], assign: bool) -> Params4bit:
+        """The parameter that a state_dict's entries make: packed codes with their scales, or a float weight that is
+        quantized in the present format."""
+        weight = self.weight
+        assert isinstance(weight, Params4bit)
+        is_float = value is not None and value.is_floating_point() and tuple(value.shape) == self._weight_shape()
+        if value is None or not (stats or is_float):
+            raise UserError(
+                self.weight_name,
+                expected=f"packed codes with their scales, or a float weight of shape {self._weight_shape()}",
+                got="scales alone" if value is None else f"{value.dtype} of shape {tuple(value.shape)} without scales",
+                remedy="The checkpoint is incomplete or of another model.",
+            )
+        device = value.device if assign or weight.is_meta else weight.device
+        if not assign:
+            value = value.detach().to(device, copy=True)
+            stats = {key: tensor.detach().clone() for key, tensor in stats.items()}
+        if stats:
+            return self._prequantized(value, stats, device)
+        return weight._rebuilt(value, quant_state=None, bnb_quantized=False).to(device)
+
+    def _prequantized(self, value: torch.Tensor, stats: dict[str, torch.Tensor], device: torch.device) -> Params4bit:
+        try:
+            new = Params4bit.from_prequantized(value, stats, device=device)
+        except UserError as error:
+            name = f"{self.weight_name}: {error.argument}"
+            raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
+        assert new.quant_state is not None
+        if tuple(new.quant_state.shape or ()) != self._weight_shape():
+            raise UserError(
+                self.weight_name,
+                expected=f"the codes of a {self._weight_shape()} weight",
+                got=f"those of a {tuple(new.quant_state.shape or ())} weight",
+                remedy="The checkpoint is of another model.",
+            )
+        return new
+
+    def _weight_shape(self) -> tuple[int, int]:
+        """Shape of the float weight."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _weight_set_aside(self) -> Iterator[None]:
+        """Let nn.Module's own method run on everything but the weight."""
+        weight = self._parameters["weight"]
+        self._parameters["weight"] = None  # not deleted: the order of the parameters is that of the optimizer's state
+        try:
+            yield
+        finally:
+            self._parameters["weight"] = weight
+
+
+def _quantized_stats(state_dict: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries under `prefix` that describe a quantized weight, by their names without it."""
+    names = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    return {name: tensor for name, tensor in names.items() if name in _STATE_KEYS or name.startswith("quant_state.")}
+
+
+def _as_params4bit(applied: torch.Tensor, weight: Params4bit) -> Params4bit:
+    """What a function handed to `nn.Module._apply` made of `weight`, with the class and the scales back."""
+    if isinstance(applied, Params4bit):
+        return applied
+    device = applied.device
+    if weight.bnb_quantized and (applied.dtype != weight.dtype or applied.shape != weight.shape):
+        applied = weight.data.to(device)  # packed codes are bytes: whatever cast them did not mean to
+
+    def follow(tensor: torch.Tensor) -> torch.Tensor:
+        # `to_empty` gives a layer on the meta device memory without values; a state_dict is to follow.
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    return weight._rebuilt(applied, quant_state=map_state(weight.quant_state, follow))
