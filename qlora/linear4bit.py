@@ -8,7 +8,7 @@ backward pass alike, and never kept decoded.  It is frozen; the gradient flows t
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -43,8 +43,6 @@ class Linear4bit(Module4bit, nn.Linear):
     Raises:
         UserError: an unknown quant_type, blocksize or quant_storage; NaN or Inf in the weight when it is quantized.
     """
-
-    fixed_quant_type: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -99,27 +97,18 @@ class Linear4bit(Module4bit, nn.Linear):
                 got=f"a {type(linear).__name__}",
                 remedy="Pass the layer that is to be quantized.",
             )
-        quant_type = quant_type or cls.fixed_quant_type or "nf4"
-        if cls.fixed_quant_type not in (None, quant_type):
-            raise UserError(
-                "quant_type",
-                expected=f"{cls.fixed_quant_type!r} for {cls.__name__}",
-                got=repr(quant_type),
-                remedy="Use Linear4bit.from_linear to choose the type.",
-            )
         # No argument but the sizes: the subclasses' constructors differ, and on the meta device nothing is allocated.
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        device = linear.weight.device if device is None else torch.device(device)
-        layer.weight = Params4bit(
+        layer._quantize_weight(
             linear.weight.data,
+            device,
+            quant_type=quant_type,
             blocksize=blocksize,
             compress_statistics=compress_statistics,
-            quant_type=quant_type,
             quant_storage=quant_storage,
-            module=layer,
-        ).to(device)
+        )
         if linear.bias is not None:
-            bias = linear.bias.detach().to(device, copy=True)
+            bias = linear.bias.detach().to(layer.weight.device, copy=True)
             layer.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
         layer.compute_dtype = compute_dtype
         return layer.train(linear.training)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,11 +34,28 @@ class Module4bit(nn.Module):
     """
 
     weight: Params4bit | nn.Parameter
+    # What the subclasses named after a quant_type are bound to.
+    fixed_quant_type: ClassVar[str | None] = None
 
     def _init_weight(self, weight: torch.Tensor, **fields: Any) -> None:
         self._last_quant_state: QuantState | None = None
         self._known_name = ""
         self.weight = Params4bit(weight, module=self, **fields)
+
+    def _quantize_weight(
+        self, weight: torch.Tensor, device: torch.device | str | int | None, quant_type: str | None, **fields: Any
+    ) -> None:
+        """Take a float weight over and quantize it on `device`, by default its own."""
+        quant_type = quant_type or self.fixed_quant_type or "nf4"
+        if self.fixed_quant_type not in (None, quant_type):
+            raise UserError(
+                "quant_type",
+                expected=f"{self.fixed_quant_type!r} for {self._get_name()}",
+                got=repr(quant_type),
+                remedy="Use the class that is not named after a type.",
+            )
+        device = weight.device if device is None else torch.device(device)
+        self.weight = Params4bit(weight, quant_type=quant_type, module=self, **fields).to(device)
 
     @property
     def quant_state(self) -> QuantState | None:
