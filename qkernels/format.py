@@ -18,8 +18,6 @@ Block-wise Quantization, arXiv 2110.02861 (dynamic map); bitsandbytes' CUDA kern
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -56,7 +54,7 @@ FP4_CODE = (*FP4_MAGNITUDES, *(-m for m in FP4_MAGNITUDES))
 
 # index = how many thresholds lie strictly below the scaled value; a tie takes the lower index, NaN takes index 0.
 # Both tables are the constants in the machine code of bitsandbytes 0.50.2, which its files follow.  They are the
-# midpoints of neighbouring codes up to rounding: four of these fifteen are one ulp off the float32 midpoint.
+# midpoints of neighbouring codes up to rounding: three of these fifteen are one ulp off the float32 midpoint.
 NF4_THRESHOLDS = (
     -0.8480964303016663,
     -0.6106328964233398,
@@ -85,16 +83,24 @@ ZERO_INDEX = {"nf4": 7, "fp4": 0}
 _CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 
 
-@functools.lru_cache(maxsize=64)
 def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The float32[16] code table of `quant_type` on `device`, kept: callers must not write to it."""
-    return torch.tensor(_CODES[quant_type], dtype=torch.float32, device=device)
+    """The float32[16] code table of `quant_type` on `device`, shared: callers must not write to it."""
+    return _shared_table(quant_type, device)
 
 
-@functools.lru_cache(maxsize=64)
 def dynamic_map(device: torch.device) -> torch.Tensor:
-    """The signed 8-bit dynamic map, float32[256], on `device`, kept: callers must not write to it."""
-    return create_dynamic_map().to(device)
+    """The signed 8-bit dynamic map, float32[256], on `device`, shared: callers must not write to it."""
+    return _shared_table("dynamic", device)
+
+
+def _shared_table(name: str, device: torch.device) -> torch.Tensor:
+    table = _TABLES.get((name, device))
+    if table is None:
+        table = _TABLES[name, torch.device("cpu")].to(device)
+        # A tensor made inside a compiled graph may live in memory that the graph takes back: not to be kept.
+        if not torch.compiler.is_compiling():
+            _TABLES[name, device] = table
+    return table
 
 
 def blockwise_thresholds(code: torch.Tensor) -> torch.Tensor:
@@ -190,3 +196,10 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         add_decade(max_exponent_bits - 1, int(additional))
     values.extend([0.0] * (256 - len(values)))
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+_TABLES: dict[tuple[str, torch.device], torch.Tensor] = {
+    ("nf4", torch.device("cpu")): torch.tensor(NF4_CODE, dtype=torch.float32, device="cpu"),
+    ("fp4", torch.device("cpu")): torch.tensor(FP4_CODE, dtype=torch.float32, device="cpu"),
+    ("dynamic", torch.device("cpu")): create_dynamic_map(),
+}

@@ -26,7 +26,8 @@ from .reference import (
     quantize_blockwise_reference,
 )
 
-_NESTED = "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None"
+# No defaults: torch drops trailing arguments that equal theirs, and the gradient then finds fewer than it returns.
+_NESTED = "Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset"
 _WEIGHT = "Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
 _DEQUANTIZE = f"Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, {_NESTED}"
 _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
@@ -39,7 +40,7 @@ SCHEMAS = {
     "dequantize_blockwise": f"({_DEQUANTIZE_BLOCKWISE}) -> Tensor",
     "dequantize_blockwise.out": f"({_DEQUANTIZE_BLOCKWISE}, *, Tensor(a!) out) -> ()",
     # y[..., N] = A[..., K] W[N, K]^T + bias
-    "gemm_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias=None, {_NESTED}) -> Tensor",
+    "gemm_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias, {_NESTED}) -> Tensor",
     # dA[..., K] = grad[..., N] W[N, K]
     "gemm_4bit_dx": f"(Tensor grad, {_WEIGHT}, {_NESTED}) -> Tensor",
 }
@@ -62,9 +63,9 @@ def _(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
 ) -> Tensor:
     return A.new_empty(shape, dtype=dtype)
 
@@ -112,9 +113,9 @@ def _(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
 ) -> Tensor:
     if absmax_8bit is not None:
         assert absmax_code is not None
@@ -154,7 +155,7 @@ def _(
     absmax: Tensor,
     blocksize: int,
     quant_type: str,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
     W = torch.ops.qkernels.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested)
@@ -186,7 +187,7 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
         absmax: Tensor,
         blocksize: int,
         quant_type: str,
-        bias: Tensor | None = None,
+        bias: Tensor | None,
         *nested: Tensor | None,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)

