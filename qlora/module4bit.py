@@ -33,7 +33,7 @@ class Module4bit(nn.Module):
         weight_name: how error messages call the weight: its name in the model where a state_dict told it.
     """
 
-    weight: Params4bit | nn.Parameter
+    weight: torch.Tensor  # a Params4bit, unless FSDP put something else there
     # What the subclasses named after a quant_type are bound to.
     fixed_quant_type: ClassVar[str | None] = None
 
@@ -79,7 +79,7 @@ class Module4bit(nn.Module):
         return self.weight.quant_storage if isinstance(self.weight, Params4bit) else self.weight.dtype
 
     @property
-    def W_q(self) -> Params4bit | nn.Parameter:
+    def W_q(self) -> torch.Tensor:
         """The packed weight under the name by which peft finds layers that dequantize themselves (DoRA needs it)."""
         return self.weight
 
