@@ -86,7 +86,8 @@ class QuantState:
             "quant_type": self.quant_type,
             "absmax": self.absmax,
             "blocksize": self.blocksize,
-            "quant_map": self.code,
+            # Copies of both maps: they are shared between layers, and safetensors keeps only one of shared tensors.
+            "quant_map": None if self.code is None else self.code.clone(),
             "dtype": _dtype_name(self.dtype),
             "shape": None if self.shape is None else tuple(self.shape),
         }
@@ -96,7 +97,6 @@ class QuantState:
             state |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
-                # The map is shared between layers; a copy, since safetensors drops all but one of shared tensors.
                 "nested_quant_map": self.state2.code.clone(),
                 "nested_dtype": _dtype_name(self.state2.dtype),
                 "nested_offset": self.offset.item(),

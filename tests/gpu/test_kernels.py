@@ -1,0 +1,176 @@
+"""The compiled kernels on a GPU against the reference on the same GPU: bits, streams, graphs, compilation, sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qkernels
+from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
+from qkernels.reference import (
+    decode_absmax_reference,
+    dequantize_4bit_reference,
+    dequantize_blockwise_reference,
+    quantize_4bit_reference,
+    quantize_blockwise_reference,
+    unpack_nibbles,
+)
+
+pytestmark = pytest.mark.gpu
+LENGTHS = [*range(1, 131), 4095, 4096, 4097, 1_000_003]
+
+
+def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantize_and_dequantize_4bit(blocksize, quant_type, dtype):
+    for n in LENGTHS:
+        values = torch.randn(n, device="cuda").to(dtype)
+        values[n // 2 : n // 2 + 3] = 0
+        packed, state = qkernels.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
+        expected, absmax = quantize_4bit_reference(values, blocksize, quant_type, torch.uint8)
+        assert_bits_equal(state.absmax, absmax)
+        index, reference = unpack_nibbles(packed, n), unpack_nibbles(expected, n)
+        if dtype == torch.float32:
+            # The approximate reciprocal is up to one ulp off the exact one: about 3 indices in 10 million move by one.
+            assert (index != reference).sum() <= max(1, n * 2e-6)
+        else:
+            assert torch.equal(index, reference)
+        out = torch.full((n,), torch.nan, dtype=dtype, device="cuda")
+        qkernels.dequantize_4bit(packed, state, out=out)
+        assert_bits_equal(out, dequantize_4bit_reference(packed, absmax, blocksize, quant_type, (n,), dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("storage", QUANT_STORAGES)
+def test_double_quantization(storage, dtype):
+    for shape in ((4096, 4096), (333, 777), (1, 5)):
+        weight = (0.02 * torch.randn(shape, device="cuda")).to(dtype)
+        packed, state = qkernels.quantize_4bit(
+            weight, quant_type="nf4", compress_statistics=True, quant_storage=storage
+        )
+        absmax = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)
+        expected = dequantize_4bit_reference(packed, absmax, 64, "nf4", shape, dtype)
+        assert_bits_equal(qkernels.dequantize_4bit(packed, state), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_blockwise(blocksize, dtype):
+    code = dynamic_map(torch.device("cuda", torch.cuda.current_device()))
+    for n in (1, 31, 257, 4097, 1_000_003):
+        values = torch.randn(n, device="cuda").to(dtype)
+        index, state = qkernels.quantize_blockwise(values, blocksize=blocksize)
+        expected, absmax = quantize_blockwise_reference(values, code, blocksize)
+        assert_bits_equal(state.absmax, absmax)
+        moved = (index.int() - expected.int()).abs()
+        assert moved.max() <= 1
+        assert moved.sum() <= max(1, n * 2e-5)
+        decoded = qkernels.dequantize_blockwise(index, state)
+        assert_bits_equal(decoded, dequantize_blockwise_reference(index, absmax, code, blocksize, dtype))
+
+
+def test_nan_inf_and_zero_blocks_as_the_reference():
+    values = torch.randn(4, 64, device="cuda", dtype=torch.float16)
+    values[0, 3], values[1, 5], values[2] = torch.nan, torch.inf, 0
+    for quant_type in QUANT_TYPES:
+        packed, state = qkernels.quantize_4bit(values, quant_type=quant_type, check_finite=False)
+        expected, absmax = quantize_4bit_reference(values, 64, quant_type, torch.uint8)
+        assert_bits_equal(packed, expected)
+        assert_bits_equal(state.absmax, absmax)
+    with pytest.raises(qkernels.UserError, match="1 NaN and 1 Inf"):
+        qkernels.quantize_4bit(values)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_matmul_and_gradients(dtype):
+    packed, state = qkernels.quantize_4bit(
+        torch.randn(300, 500, device="cuda", dtype=dtype), quant_type="nf4", compress_statistics=True
+    )
+    weight = qkernels.dequantize_4bit(packed, state)
+    bias = torch.randn(300, device="cuda", dtype=dtype, requires_grad=True)
+    for m in (0, 1, 7, 130):
+        x = torch.randn(m, 500, device="cuda", dtype=dtype, requires_grad=True)
+        grad = torch.randn(m, 300, device="cuda", dtype=dtype)
+        y = qkernels.matmul_4bit(x, packed, state, bias=bias)
+        expected = F.linear(x, weight, bias)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_autocast_leaves_the_scales_in_float32():
+    packed, state = qkernels.quantize_4bit(
+        torch.randn(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True
+    )
+    x = torch.randn(3, 64, device="cuda")
+    with torch.autocast("cuda", torch.float16):
+        y = qkernels.matmul_4bit(x, packed, state)
+    assert_bits_equal(y, F.linear(x.half(), qkernels.dequantize_4bit(packed, state).half()))
+
+
+def test_on_a_stream_of_the_callers():
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
+    expected, expected_state = qkernels.quantize_4bit(weight, compress_statistics=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # The weight is still being written when the quantizer is launched: only the stream's order protects it.
+        torch.cuda._sleep(20_000_000)
+        late = weight.neg().neg()
+        packed, state = qkernels.quantize_4bit(late, compress_statistics=True, check_finite=False)
+        decoded = qkernels.dequantize_4bit(packed, state)
+    stream.synchronize()
+    assert_bits_equal(packed, expected)
+    assert_bits_equal(decoded, qkernels.dequantize_4bit(expected, expected_state))
+
+
+def test_in_a_cuda_graph():
+    weight = torch.randn(512, 512, device="cuda", dtype=torch.float16)
+    x = torch.randn(4, 512, device="cuda", dtype=torch.float16)
+
+    def step():
+        packed, state = qkernels.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        return qkernels.matmul_4bit(x, packed, state)
+
+    warm_up = torch.cuda.Stream()
+    with torch.cuda.stream(warm_up):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    weight.normal_()
+    x.normal_()
+    graph.replay()
+    assert_bits_equal(y, step())
+
+
+def test_compiled_with_inductor():
+    packed, state = qkernels.quantize_4bit(
+        torch.randn(256, 256, device="cuda", dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True
+    )
+
+    def step(x):
+        return qkernels.matmul_4bit(torch.relu(x), packed, state).float().square().mean()
+
+    x = torch.randn(16, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (expected,) = torch.autograd.grad(step(x), x)
+    (actual,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(x), x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    n = 2**31 + 4097
+    values = torch.randn(4097, device="cuda", dtype=torch.float16).repeat(n // 4097 + 1)[:n]
+    packed, state = qkernels.quantize_4bit(values, quant_type="nf4", check_finite=False)
+    tail, tail_state = qkernels.quantize_4bit(values[-(n % 64 + 64 * 1000) :].clone(), quant_type="nf4")
+    assert_bits_equal(packed.view(-1)[-tail.numel() :], tail.view(-1))
+    decoded = qkernels.dequantize_4bit(packed, state)
+    assert_bits_equal(decoded[-(n % 64 + 64 * 1000) :], qkernels.dequantize_4bit(tail, tail_state))
