@@ -1,0 +1,253 @@
+"""`NF4Quantizer`: what `from_pretrained` and `save_pretrained` call; and whole models to 4 bits and back in memory.
+
+Room: transformers' quantizer hooks.  `from_pretrained` builds the model on the meta device, has its linear layers
+swapped for `Linear4bit` here, and then hands over each weight (see conversion.py).  `is_loaded_in_4bit` stays unset: it
+makes transformers import bitsandbytes and TRL cast the adapters to bfloat16, which a T4 cannot train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from qkernels.errors import UserError
+
+from ...dequantize import float_layer
+from ...embedding4bit import Embedding4bit
+from ...linear4bit import Linear4bit
+from .config import METHOD, NF4Config, as_dtype
+from .conversion import Quantize, converters, missing_weight, without_ours
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):
+    """Loads and saves models for `NF4Config`; made by transformers, not by users.
+
+    Attributes:
+        dtype: of the activations and of what stays float.
+        refused: errors by the name of the weight, raised once loading is over.
+    """
+
+    quantization_config: NF4Config
+
+    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.dtype: torch.dtype | None = None
+        self.refused: dict[str, UserError] = {}
+        self._not_converted: list[str] = []
+
+    # Before loading.
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and places != {"cpu"}):
+            raise UserError(
+                "device_map",
+                expected="every module on a GPU, or every module on the CPU",
+                got=f"modules on {', '.join(sorted(places))}",
+                remedy="4-bit layers cannot be offloaded: use a GPU with more memory, or device_map='cpu'.",
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if device_map is None:
+            return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = as_dtype("dtype", dtype)
+        return dtype
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        # A float weight stands beside its codes while it is being quantized.
+        return {place: limit * 0.9 for place, limit in max_memory.items()}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, linear in self.find_layers(model).items():
+            layer = self.new_layer(linear, "meta")
+            if self.pre_quantized and layer.quant_storage.is_floating_point:
+                # transformers 5.17 casts a stored float tensor to the dtype of the parameter it is meant for.
+                layer.weight.data = layer.weight.data.to(layer.quant_storage)
+            model.set_submodule(name, layer)
+
+    def find_layers(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        """The float layers that the configuration means, by name.
+
+        Raises:
+            UserError: there are none, a name in `modules_to_not_convert` is unknown, or the architecture cannot do.
+        """
+        _refuse_sliced_layers(model.config)
+        wanted = self.quantization_config.modules_to_not_convert
+        keep_in_fp32 = list(model._keep_in_fp32_modules or ())
+        self._not_converted = self.get_modules_to_not_convert(model, wanted, keep_in_fp32, add_default_skips=True)
+        _refuse_unknown_names(model, wanted or [])
+        layers = self._convertible(model)
+        if not layers:
+            raise UserError(
+                "model",
+                expected="torch.nn.Linear layers besides the output layer",
+                got=f"none in {type(model).__name__}",
+                remedy="This architecture cannot be quantized with NF4Config: load it without.",
+            )
+        return layers
+
+    def _convertible(self, model: nn.Module) -> dict[str, nn.Linear]:
+        # Exactly nn.Linear: a subclass has a forward of its own.
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and should_convert_module(name, self._not_converted)
+        }
+
+    def new_layer(self, linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
+        config = self.quantization_config
+        layer = Linear4bit.from_linear(
+            linear,
+            quant_type=config.quant_type,
+            blocksize=config.blocksize,
+            compress_statistics=config.compress_statistics,
+            quant_storage=config.quant_storage,
+            compute_dtype=config.compute_dtype,
+            device=device,
+        )
+        layer.requires_grad_(False)
+        return layer
+
+    # While loading.
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes a weight, scales included, for device_map="auto"."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        scale_bytes = 1 + 4 / 256 if self.quantization_config.compress_statistics else 4
+        return 0.5 + scale_bytes / self.quantization_config.blocksize
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Quantize(self.refused)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return converters(self) if self.pre_quantized else []
+
+    # After loading, and saving.
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = without_ours(getattr(model, "_weight_conversions", None))
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit) and not getattr(module.weight, "bnb_quantized", False):
+                self.refused.setdefault(f"{name}.weight", missing_weight(f"{name}.weight"))
+        if self.refused:
+            name, error = next(iter(self.refused.items()))
+            others = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
+            raise UserError(name + others, expected=error.expected, got=error.got, remedy=error.remedy)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called before saving.  Layers made float since loading (a merged adapter) are recorded as such."""
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            made_float = set(self._convertible(model))
+            if made_float:
+                config = self.quantization_config
+                config.modules_to_not_convert = sorted(made_float.union(config.modules_to_not_convert or ()))
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dequantize_model(model, None if dtype is None else as_dtype("dtype", dtype))
+        return model
+
+
+def quantize_model(
+    model: PreTrainedModel, config: NF4Config, device: torch.device | str | int = "cpu"
+) -> PreTrainedModel:
+    """Quantize a float model that is in memory, as `from_pretrained` would have done, one layer at a time.
+
+    Args:
+        model: float32, float16 or bfloat16 model on any device; changed in place.
+        config: how.
+        device: where the quantized model goes.
+
+    Returns:
+        `model`, which `save_pretrained` now writes in 4 bits.
+
+    Raises:
+        UserError: as for `from_pretrained`: NaN or Inf in a weight, nothing to quantize, unknown names.
+    """
+    quantizer = NF4Quantizer(config, pre_quantized=False)
+    quantizer.update_dtype(model.dtype)
+    layers = quantizer.find_layers(model)
+    for name in list(layers):
+        try:
+            layer = quantizer.new_layer(layers.pop(name), device)  # popped, so that each float weight is freed in turn
+        except UserError as error:
+            raise UserError(f"{name}.weight", expected=error.expected, got=error.got, remedy=error.remedy) from error
+        model.set_submodule(name, layer)
+    marked: Any = model.to(torch.device(device))  # type: ignore[arg-type]
+    marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
+    return quantizer.postprocess_model(marked)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put float layers in the place of every 4-bit layer of a model, and take the mark of quantization off it.
+
+    After `merge_and_unload` this leaves an ordinary model that any library loads.
+
+    Args:
+        model: any module; changed in place.
+        dtype: float32, float16 or bfloat16 of the new weights; None is what each weight was before quantization.
+
+    Returns:
+        `model`.
+    """
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Linear4bit | Embedding4bit):
+            continue
+        new = float_layer(layer, dtype)
+        hook = getattr(layer, "_hf_hook", None)  # accelerate's, on models spread over several devices
+        if hook is not None:
+            remove_hook_from_module(layer)
+            add_hook_to_module(new, hook)
+        model.set_submodule(name, new)
+    for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if isinstance(quantizer, NF4Quantizer):
+            quantizer.remove_quantization_config(module)
+    return model
+
+
+def _refuse_sliced_layers(config: Any) -> None:
+    if getattr(config, "pretraining_tp", 1) > 1 and getattr(config, "slow_but_exact", False):
+        raise UserError(
+            "slow_but_exact",
+            expected="False for a model with 4-bit layers",
+            got=f"True with pretraining_tp={config.pretraining_tp}, which multiplies by slices of the weights",
+            remedy="Pass slow_but_exact=False to from_pretrained; the results differ by rounding only.",
+        )
+
+
+def _refuse_unknown_names(model: nn.Module, wanted: list[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in wanted:
+        if all(should_convert_module(name, [pattern]) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                "modules_to_not_convert",
+                expected="names of modules of the model",
+                got=repr(pattern),
+                remedy=f"Among them are: {', '.join(leaf for leaf in leaves if not leaf.isdigit())}.",
+            )
