@@ -1,0 +1,254 @@
+"""peft's LoRA around `Linear4bit`, for `get_peft_model`, `SFTTrainer(peft_config=)` and `AutoPeftModelForCausalLM`.
+
+Room: the only file that imports peft.  Importing it, or `qlora`, makes peft wrap our layers in `LoraLinear4bit`.
+peft's own wrapper for plain linear layers trains around packed codes as well, but would add the adapter to the codes
+when it merges.  peft's registration by configuration (`_register_custom_module`) is not saved with an adapter, so
+`AutoPeftModelForCausalLM` would not find it; the method that makes the wrappers is wrapped instead, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from torch import nn
+
+from qkernels.errors import UserError
+
+from ..dequantize import float_layer
+from ..linear4bit import Linear4bit
+
+_INITIALIZATIONS = (True, False, "gaussian", "eva")
+_FLOAT_ONLY_VARIANTS = ("use_bdlora", "velora_config", "monteclora_config", "kasa_config")
+
+
+class LoraLinear4bit(Linear):
+    """peft's LoRA layer around a `Linear4bit`: trains on the packed weight, merges into a float one.
+
+    Merging dequantizes the base weight in float32, adds the adapter and rounds once, to the dtype that the weight had
+    before quantization; the sum is not quantized again, so a merged layer takes the memory of a float layer.  The
+    packed layer is kept and `unmerge` puts it back, exactly as it was.
+    """
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self._packed: list[Linear4bit] = []  # in a list, so that it is no submodule: not in state_dict() while merged
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter (peft calls this).
+
+        Raises:
+            UserError: an initialization or a variant of LoRA that needs the float weight.
+        """
+        _refuse_float_only(config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight.
+
+        Args:
+            safe_merge: refuse a sum that is not finite.
+            adapter_names: which adapters; None is the active ones.
+
+        Raises:
+            ValueError: the sum is not finite and `safe_merge` is set; nothing is merged then.
+        """
+        if not self._packed and not isinstance(self.base_layer, Linear4bit):  # dequantize_model was here before
+            super().merge(safe_merge, adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_A:
+                self._merge_one(name, safe_merge)
+
+    def _merge_one(self, name: str, safe_merge: bool) -> None:
+        base = self.base_layer
+        is_packed = isinstance(base, Linear4bit)
+        merged: Any = float_layer(base) if is_packed else base
+        weight = base.dequantize(torch.float32) if is_packed else base.weight.data.float()
+        if name in self.lora_variant:
+            weight = self.lora_variant[name].merge_safe(self, name, weight)
+        else:
+            weight = weight + self.get_delta_weight(name).float()
+        bias = merged.bias
+        if self.lora_bias[name]:
+            if bias is None:
+                raise UserError(
+                    "lora_bias",
+                    expected="False for a layer without a bias",
+                    got="True",
+                    remedy="Such an adapter cannot be merged; train with lora_bias=False.",
+                )
+            bias = nn.Parameter(bias + self.lora_B[name].bias * self.scaling[name], requires_grad=False)
+        if safe_merge and not all(torch.isfinite(tensor).all() for tensor in (weight, bias) if tensor is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if is_packed:
+            self._packed = [base]
+        merged.weight = nn.Parameter(weight.to(merged.weight.dtype), requires_grad=False)
+        merged.bias = bias
+        self.base_layer = merged
+        self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the packed base layer back."""
+        if not self._packed:
+            super().unmerge()
+            return
+        self.base_layer = self._packed.pop().to(self.base_layer.weight.device)
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that stays when peft takes its wrappers off: float where an adapter has been merged."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
+
+def register() -> None:
+    """Make peft wrap `Linear4bit` in `LoraLinear4bit`; a second call changes nothing."""
+    stock = LoraModel._create_new_module
+    if getattr(stock, "wraps_linear4bit", False):
+        return
+
+    @functools.wraps(stock)
+    def create(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, Linear4bit) and not lora_config._custom_modules:
+            return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+        return stock(lora_config, adapter_name, target, **kwargs)
+
+    create.wraps_linear4bit = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
+
+
+def _refuse_float_only(config: LoraConfig) -> None:
+    if config.init_lora_weights not in _INITIALIZATIONS:
+        raise UserError(
+            "init_lora_weights",
+            expected=f"one of {', '.join(map(repr, _INITIALIZATIONS))} on a 4-bit base",
+            got=repr(config.init_lora_weights),
+            remedy="The others decompose or change the float base weight, which is no longer there.",
+        )
+    for variant in _FLOAT_ONLY_VARIANTS:
+        if getattr(config, variant, None):
+            raise UserError(
+                variant,
+                expected="no such setting on a 4-bit base",
+                got=repr(getattr(config, variant)),
+                remedy="Plain LoRA, rsLoRA (use_rslora) and DoRA (use_dora) work.",
+            )
+
+
+def check_adapter_matches(model: nn.Module, adapter_folder: str | os.PathLike[str]) -> None:
+    """Refuse an adapter that was trained on another base model, before it is loaded.
+
+    The names of the modules and their sizes must fit; where both base models are named by a hub id, so must the ids.
+    A local folder may have been moved or be a quantized copy, so a difference of its name is only a warning.
+
+    Args:
+        model: base model without adapters.
+        adapter_folder: folder with adapter_config.json and adapter_model.safetensors (or .bin).
+
+    Raises:
+        UserError: no adapter there, a damaged one, or one of another base.
+    """
+    folder = Path(adapter_folder)
+    recorded = _adapter_config(folder).get("base_model_name_or_path") or ""
+    for name, found, wanted in _misfits(model, _adapter_weights(folder)):
+        raise UserError(
+            str(folder),
+            expected=f"an adapter of this base model ({name} has {wanted})",
+            got=f"one of {recorded or 'an unnamed base'} ({found})",
+            remedy="Load the base model that the adapter was trained on.",
+        )
+    present = getattr(model, "name_or_path", "")
+    if not recorded or not present or recorded == present:
+        return
+    if _is_folder(recorded) or _is_folder(present):
+        if Path(recorded).name != Path(present).name:
+            warnings.warn(f"the adapter {folder} was trained on {recorded}; the base is {present}", stacklevel=2)
+        return
+    raise UserError(
+        str(folder),
+        expected=f"an adapter of {present}",
+        got=f"one of {recorded}",
+        remedy=f"Load {recorded} as the base model.",
+    )
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(
+            str(folder),
+            expected="a folder with an adapter (adapter_config.json)",
+            got="no such file" if folder.is_dir() else "no such folder",
+            remedy="Give the folder that save_pretrained or `qlora train` wrote the adapter to.",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            str(path), expected="a LoRA adapter", got=f"peft_type {config.get('peft_type')!r}", remedy="Choose another."
+        )
+    return config
+
+
+def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(
+            str(folder),
+            expected=f"{names[0]} beside adapter_config.json",
+            got="no such file",
+            remedy="The adapter was not saved completely: save it again.",
+        )
+    try:
+        return load_peft_weights(str(folder), device="cpu")  # .bin files by torch.load(weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _misfits(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, str]]:
+    """What of an adapter does not fit: (module, what the adapter has, what the model has)."""
+    modules = dict(model.named_modules())
+    for key, tensor in weights.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        module = modules.get(name)
+        if module is None:
+            yield name, f"weights for {name}", "no such module"
+            return
+        side, size = ("inputs", tensor.shape[1]) if part == "A.weight" else ("outputs", tensor.shape[0])
+        wanted = getattr(module, "in_features" if side == "inputs" else "out_features", None)
+        if size != wanted:
+            yield name, f"{size} {side}", f"{wanted} {side}"
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).is_dir() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(str(path), expected="a readable adapter", got=str(error), remedy="Copy or save it again.")
+
+
+register()
