@@ -135,6 +135,12 @@ def check_writable(path: str | os.PathLike[str], *, need_bytes: int = 0) -> None
         )
 
 
+def is_local(name: str | os.PathLike[str]) -> bool:
+    """Whether a model's or adapter's name means a folder of this machine (existing or not) and not a hub's id."""
+    text = os.fspath(name)
+    return Path(text).exists() or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or "\\" in text
+
+
 def _nearest_existing_folder(target: Path) -> Path:
     place = target.parent if target.is_file() else target
     while not place.exists() and place.parent != place:

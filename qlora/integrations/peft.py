@@ -28,6 +28,7 @@ from torch import nn
 
 from qkernels.errors import UserError
 
+from ..checkpoint import is_local
 from ..dequantize import float_layer
 from ..linear4bit import Linear4bit
 
@@ -179,7 +180,7 @@ def check_adapter_matches(model: nn.Module, adapter_folder: str | os.PathLike[st
     present = getattr(model, "name_or_path", "")
     if not recorded or not present or recorded == present:
         return
-    if _is_folder(recorded) or _is_folder(present):
+    if is_local(recorded) or is_local(present):
         if Path(recorded).name != Path(present).name:
             warnings.warn(f"the adapter {folder} was trained on {recorded}; the base is {present}", stacklevel=2)
         return
@@ -241,10 +242,6 @@ def _misfits(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tup
         wanted = getattr(module, "in_features" if side == "inputs" else "out_features", None)
         if size != wanted:
             yield name, f"{size} {side}", f"{wanted} {side}"
-
-
-def _is_folder(name: str) -> bool:
-    return Path(name).is_dir() or Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -1,0 +1,252 @@
+"""`load_pretrained_4bit`: a causal language model in 4 bits from a float, GGUF or 4-bit checkpoint, and ready to train.
+
+Room: the door between a name and a model; whatever is wrong with the name or the files becomes one `UserError`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+
+from qkernels.errors import UserError
+
+from .checkpoint import is_local
+from .integrations.transformers import NF4Config, quantize_model
+from .integrations.transformers.config import METHOD, as_dtype
+from .precision import choose_precision, resolve_device
+
+_NOT_HERE = {
+    "load_in_4bit": "It is what this function does: leave it out.",
+    "load_in_8bit": "Only 4 bits are supported.",
+    "quantization_config": "Pass its fields here, or the configuration to AutoModelForCausalLM.from_pretrained.",
+    "torch_dtype": "The argument is called dtype.",
+    "weights_only": "Pickled checkpoints are read without running the code in them (weights_only=True), always.",
+}
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError)
+
+
+def load_pretrained_4bit(
+    name_or_path: str | os.PathLike[str],
+    *,
+    quant_type: str = "nf4",
+    compress_statistics: bool = True,
+    blocksize: int = 64,
+    quant_storage: torch.dtype | str = torch.uint8,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    modules_to_not_convert: list[str] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model with its linear layers in 4 bits.
+
+    A float checkpoint is quantized one tensor at a time on its way to the device, so neither the host nor the GPU ever
+    holds the float model (but for GGUF, which is unpacked in host memory).  A checkpoint saved by this function's
+    models is reloaded as it is.
+
+    Args:
+        name_or_path: folder of a checkpoint (safetensors, or pickled .bin files, which are read without running
+            code), or the id of a model on the Hugging Face hub.
+        quant_type, compress_statistics, blocksize, quant_storage, modules_to_not_convert: as in `NF4Config`.
+        dtype: float32, float16 or bfloat16, or their names: of the activations and of what stays float.  None asks
+            `choose_precision(device)`.
+        device: where the model goes; None takes CUDA if there is one, else the CPU.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `attn_implementation`, `gguf_file`,
+            `device_map` (instead of `device`), ...
+
+    Returns:
+        Model in eval mode; `save_pretrained` writes it in 4 bits.
+
+    Raises:
+        UserError: no such model, no network, damaged or incomplete files, a checkpoint quantized otherwise, NaN or
+            Inf in a weight, or a wrong argument.
+    """
+    _refuse_other_names(kwargs, device)
+    target = resolve_device(device)
+    float_dtype = choose_precision(target).dtype if dtype is None else as_dtype("dtype", dtype)
+    config = NF4Config(
+        quant_type=quant_type,
+        compress_statistics=compress_statistics,
+        blocksize=blocksize,
+        quant_storage=quant_storage,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+    name = _local_folder(name_or_path, kwargs) if is_local(name_or_path) else os.fspath(name_or_path)
+    with _loading(name):
+        if kwargs.get("gguf_file") is not None:
+            return quantize_model(_load_gguf(name, float_dtype, kwargs), config, target)
+        stored = _stored_config(name, kwargs)
+        if stored is not None:
+            _check_same_format(name, stored, config)
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=float_dtype,
+            weights_only=True,
+            quantization_config=config if stored is None else None,
+            **{"device_map": {"": target}, **kwargs},
+        )
+
+
+def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: bool = True) -> PreTrainedModel:
+    """Freeze a base model and set it up for adapters; call it before `get_peft_model`.
+
+    Replaces peft's `prepare_model_for_kbit_training`, which casts the embedding to float32 (for Bloom-7B1 1.9 GiB
+    more) and leaves gradient checkpointing off for a quantization method it does not know.  Nothing is cast here.
+
+    Args:
+        model: base model; changed in place.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: the model carries adapters already, or its architecture has no gradient checkpointing.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "model",
+            expected="a base model without adapters",
+            got=f"a {type(model).__name__} with adapters, which would be frozen too",
+            remedy="Call prepare_model_for_training before get_peft_model.",
+        )
+    model.requires_grad_(False)
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                "gradient_checkpointing",
+                expected="False for this architecture",
+                got="True",
+                remedy=f"{type(model).__name__} cannot recompute activations.",
+            )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def _refuse_other_names(kwargs: dict[str, Any], device: Any) -> None:
+    for name, remedy in _NOT_HERE.items():
+        if name in kwargs:
+            raise UserError(
+                name, expected="an argument of load_pretrained_4bit", got=f"{name}={kwargs[name]!r}", remedy=remedy
+            )
+    for other in ("device", "gguf_file"):
+        if kwargs.get("device_map") is not None and (device if other == "device" else kwargs.get(other)) is not None:
+            raise UserError(
+                "device_map", expected=f"device_map or {other}", got="both", remedy="Leave one of the two out."
+            )
+
+
+def _local_folder(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            "name_or_path",
+            expected="a folder with a checkpoint, or the id of a model on the Hugging Face hub",
+            got=f"{os.fspath(name_or_path)!r}, which is " + ("a file" if folder.exists() else "no folder here"),
+            remedy="Check the path; a hub id has the form 'organization/model'.",
+        )
+    wanted = kwargs.get("gguf_file") or "config.json"
+    if (folder / kwargs.get("subfolder", "") / wanted).is_file():
+        return str(folder)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    raise UserError(
+        "name_or_path",
+        expected="the folder of a checkpoint",
+        got=f"{str(folder)!r}, which has no {wanted}" + (" but a LoRA adapter" if is_adapter else ""),
+        remedy="Load its base model, then the adapter with peft's PeftModel.from_pretrained."
+        if is_adapter
+        else "Give the folder that save_pretrained wrote the model to.",
+    )
+
+
+def _load_gguf(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+    rest = {key: value for key, value in kwargs.items() if key != "device_map"}
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, quantization_config=GgufConfig(dequantize=True), device_map={"": "cpu"}, **rest
+    )
+
+
+def _stored_config(name: str, kwargs: dict[str, Any]) -> NF4Config | None:
+    """How the checkpoint is quantized; None for a float one."""
+    given = kwargs.get("config")
+    fields = given.to_dict() if given is not None else PreTrainedConfig.get_config_dict(name, **kwargs)[0]
+    stored = fields.get("quantization_config")
+    if stored is None:
+        return None
+    if stored.get("quant_method") != METHOD:
+        raise UserError(
+            "name_or_path",
+            expected="a float checkpoint, or one saved with NF4Config",
+            got=f"{name!r}, which is quantized by {stored.get('quant_method')!r}",
+            remedy="Load the float checkpoint that it was made from.",
+        )
+    return NF4Config.from_dict(stored)
+
+
+def _check_same_format(name: str, stored: NF4Config, asked: NF4Config) -> None:
+    """A checkpoint that is 4-bit already keeps its format; asking for another one must not pass unnoticed."""
+    default = NF4Config().to_dict()
+    for field, value in asked.to_dict().items():
+        if value != default[field] and value != stored.to_dict()[field]:
+            raise UserError(
+                field,
+                expected=f"{stored.to_dict()[field]!r}, as {name!r} was saved with",
+                got=repr(value),
+                remedy="Leave the argument out, or load the float checkpoint that it was made from.",
+            )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers, safetensors and pickle raise for a model that cannot be loaded into one `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (*_DAMAGED, RuntimeError) as error:
+        expected = "a checkpoint that can be read"
+        remedy = "A file is damaged, incomplete, or a pickle with code in it, which is not run: get it as safetensors."
+        if "ignore_mismatched_sizes" in str(error):
+            expected, remedy = "weights of the sizes in config.json", "The weights are of another model."
+        elif isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # not about the files: out of memory, CUDA, ...
+        raise UserError(
+            "name_or_path", expected=expected, got=f"{name!r}: {_first_line(error)}", remedy=remedy
+        ) from error
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            "name_or_path",
+            expected="a causal language model on this machine or on the Hugging Face hub",
+            got=f"{name!r}: {_first_line(error)}",
+            remedy=_remedy(error),
+        ) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(
+            "kwargs",
+            expected="arguments of AutoModelForCausalLM.from_pretrained",
+            got=str(error),
+            remedy="Check the spelling.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return "Install the package it names."
+    if "connect" in str(error):
+        return "The hub cannot be reached and the model is not in its cache: go online, or give a checkpoint's folder."
+    return "Check the name; a private or gated model needs `hf auth login`."
