@@ -1,0 +1,152 @@
+"""QLoRA of Bloom-7B1 at full size with random weights: this project beside bitsandbytes, in one command.
+
+    python -m benchmarks.bloom7b1 --out benchmarks/results
+    python -m benchmarks.bloom7b1 --layers 2 --hidden 64 --heads 4 --vocab 512 --device cpu --out /tmp/trial
+
+`docs/benchmarks.md` says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from qkernels.errors import UserError
+
+from . import data, report
+from .checkpoint import ModelSize, build_checkpoint
+from .environment import ROOT, environment
+from .jobs import Case, Job
+from .processes import run_job
+from .providers import DTYPES, PROVIDERS
+
+PROMPTS = 50
+BATCH = 4
+EPOCHS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build the checkpoint, run every stack, write the results.
+
+    Returns:
+        0 when every stack was asked, whether it managed or not; 2 on wrong arguments.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        stem = run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .jsonl")
+    return 0
+
+
+def run(options: argparse.Namespace) -> Path:
+    """See `main`; returns the results' path without suffix."""
+    begin = time.monotonic()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
+    texts = data.read_prompts(options.data)
+    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
+    stem = report.file_stem(options.out, size.name, str(common["gpu"] or "cpu"), str(common["date"]))
+    rows: list[report.Row] = []
+    with tempfile.TemporaryDirectory(prefix="bloom7b1-") as work:
+        checkpoint = options.checkpoint or Path(work) / "checkpoint"
+        common["checkpoint_bytes"] = build_checkpoint(checkpoint, size, device=device)
+        data.train_tokenizer(texts, size.vocab).save_pretrained(checkpoint)
+        (Path(work) / "prompts.json").write_text(json.dumps(texts[: options.prompts]), encoding="utf-8")
+        print(f"checkpoint: {common['checkpoint_bytes'] / 1e9:.2f} GB after {time.monotonic() - begin:.0f} s")
+        for job in _jobs(options, device, checkpoint, Path(work)):
+            left = options.limit - (time.monotonic() - begin)
+            outcome = run_job(job, limit_s=max(0.0, min(options.limit_each, left)))
+            new = report.rows_of(job, outcome, common)
+            rows += new
+            report.write(stem, rows)
+            for row in new:
+                _print(row, time.monotonic() - begin)
+            if outcome.failure is not None:
+                print(outcome.log_tail, file=sys.stderr, flush=True)
+    return stem
+
+
+def _jobs(options: argparse.Namespace, device: str, checkpoint: Path, work: Path) -> list[Job]:
+    precisions = options.precisions or (_precisions(device))
+    return [
+        Job(
+            provider=provider,
+            precision=precision,
+            device=device,
+            checkpoint=str(checkpoint),
+            prompts=str(work / "prompts.json"),
+            record=str(work / f"{number}" / "record.jsonl"),
+            yardstick=str(work / f"yardstick-{precision}.safetensors"),
+            folder=str(work / f"{number}"),
+            cases=_cases(options),
+        )
+        for number, (precision, provider) in enumerate((p, q) for p in precisions for q in options.stacks)
+    ]
+
+
+def _cases(options: argparse.Namespace) -> tuple[Case, ...]:
+    """The recipe first, since its adapters must start at zero; the largest last, since it may run out of memory."""
+    steps = EPOCHS * -(-options.prompts // BATCH)
+    recipe = Case(report.RECIPE, BATCH, None, steps, warmup_steps=min(5, steps - 1))
+    lengths = [tuple(map(int, text.split("x"))) for text in options.lengths]
+    fixed = (
+        Case(f"{batch}x{length}", batch, length, options.steps + options.warmup, options.warmup)
+        for batch, length in sorted(lengths, key=lambda pair: pair[0] * pair[1])
+    )
+    return (recipe, *fixed)
+
+
+def _precisions(device: str) -> tuple[str, ...]:
+    if device == "cpu":
+        return ("fp32",)
+    return ("bf16", "fp16") if torch.cuda.get_device_capability() >= (8, 0) else ("fp16",)
+
+
+def _print(row: report.Row, elapsed_s: float) -> None:
+    result = row["reason"] if row["status"] == "failed" else f"{row['tokens_per_s']:,.0f} tokens/s"
+    print(f"{elapsed_s:5.0f} s  {row['stack']} {row['precision']} {row['name']}: {result}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = ModelSize()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bloom7b1", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
+        help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
+    parser.add_argument("--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: bf16 and fp16, fp32 on the CPU")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="rows of the data (default: %(default)s)")
+    parser.add_argument("--lengths", nargs="*", default=["1x128", "4x512", "8x512"], help="BATCHxLENGTH, synthetic")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps at each fixed length")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--limit", type=float, default=510, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--limit-each", type=float, default=140, help="seconds for one stack (default: %(default)s)")
+    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
+    parser.add_argument("--layers", type=int, default=default.layers)
+    parser.add_argument("--hidden", type=int, default=default.hidden)
+    parser.add_argument("--heads", type=int, default=default.heads)
+    parser.add_argument("--vocab", type=int, default=default.vocab)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The correctness gate: before a stack is timed it must compute the same thing as bitsandbytes.
+
+The first bitsandbytes stack of a precision leaves a yardstick: the packed weights of a few layers and the loss of every
+token of the first batch.  Each later stack must hold the same nibbles, and losses within the tolerance.  The loss of
+single tokens is compared, not the batch's mean: on random weights the mean hides a wrong layer among hundreds of
+tokens, while the losses of single tokens move by about their own spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Root mean square over the tokens, in nats; a model of other weights differs by about 1.8 at full size.  The stacks
+# keep norms and residuals in different precisions, so equal weights still leave each its own rounding.
+LOSS_RMS_TOLERANCE = {"bf16": 0.2, "fp16": 0.05, "fp32": 0.001}
+
+
+class GateError(AssertionError):
+    """A stack computes something else than the yardstick; timing it would be meaningless."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a stack is compared by.
+
+    Attributes:
+        packed: by module name, uint8[n/2], two NF4 codes a byte.
+        scales: by module name, uint8[n/64], the doubly quantized scales' codes.
+        token_loss: float32[tokens], cross-entropy of each real token of the first batch, in nats.
+    """
+
+    packed: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    token_loss: Tensor
+
+    def save(self, path: Path) -> None:
+        tensors = {f"packed.{name}": tensor for name, tensor in self.packed.items()}
+        tensors |= {f"scales.{name}": tensor for name, tensor in self.scales.items()}
+        save_file({**tensors, "token_loss": self.token_loss}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sample:
+        tensors = load_file(path)
+        loss = tensors.pop("token_loss")
+        packed = {key.removeprefix("packed."): t for key, t in tensors.items() if key.startswith("packed.")}
+        scales = {key.removeprefix("scales."): t for key, t in tensors.items() if key.startswith("scales.")}
+        return cls(packed, scales, loss)
+
+
+def sample_weights(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Packed codes and scale codes of one layer of each kind, spread over the depth; call it before any forward."""
+    last = model.config.n_layer - 1
+    names = (
+        "transformer.h.0.self_attention.query_key_value",
+        f"transformer.h.{last // 2}.self_attention.dense",
+        f"transformer.h.{last // 2}.mlp.dense_h_to_4h",
+        f"transformer.h.{last}.mlp.dense_4h_to_h",
+    )
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
+    packed = {name: weight.data.reshape(-1).view(torch.uint8).cpu() for name, weight in weights.items()}
+    scales = {name: weight.quant_state.absmax.reshape(-1).cpu() for name, weight in weights.items()}
+    return packed, scales
+
+
+@torch.no_grad()
+def token_losses(model: PeftModel, batch: dict[str, Tensor], autocast_dtype: torch.dtype | None) -> Tensor:
+    """Cross-entropy of each next token that is not padding, float32[tokens] on the CPU.
+
+    The model stays in training mode (bitsandbytes' CPU path rearranges its weights in an eval-mode forward); dropout
+    acts on the adapters' input only, and their B is still zero.
+
+    Args:
+        model: with fresh adapters, in training mode.
+        batch: `input_ids` and `attention_mask`, int64[batch, length], on the model's device.
+        autocast_dtype: what the stack trains in; None for float32.
+    """
+    device_type = batch["input_ids"].device.type
+    with torch.autocast(device_type, autocast_dtype, enabled=autocast_dtype is not None):
+        logits = model(**batch, use_cache=False).logits
+    losses = []
+    for row_logits, row_ids, row_mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
+        row_losses = F.cross_entropy(row_logits[:-1].float(), row_ids[1:], reduction="none")
+        losses.append(row_losses[row_mask[1:].bool()])
+    return torch.cat(losses).float().cpu()
+
+
+def compare(sample: Sample, yardstick: Sample, precision: str) -> dict[str, float | int | str]:
+    """Hold a stack's sample against the yardstick.
+
+    Returns:
+        The differences: packed bytes and scale codes that differ (and of how many), and the token losses' root mean
+        square difference in nats.
+
+    Raises:
+        GateError: other nibbles, or losses out of tolerance.
+    """
+    packed_differ = sum(_count_differing(sample.packed[name], other) for name, other in yardstick.packed.items())
+    scales_differ = sum(_count_differing(sample.scales[name], other) for name, other in yardstick.scales.items())
+    loss_rms = (sample.token_loss - yardstick.token_loss).square().mean().sqrt().item()
+    if packed_differ:
+        raise GateError(f"{packed_differ} bytes of the sampled packed weights differ from bitsandbytes'")
+    tolerance = LOSS_RMS_TOLERANCE[precision]
+    if not loss_rms <= tolerance:  # NaN fails too
+        raise GateError(f"token losses differ from bitsandbytes' by {loss_rms:.3g} nats rms, tolerance {tolerance}")
+    return {
+        "packed_bytes_differ": packed_differ,
+        "packed_bytes_compared": sum(tensor.numel() for tensor in yardstick.packed.values()),
+        "scale_codes_differ": scales_differ,
+        "scale_codes_compared": sum(tensor.numel() for tensor in yardstick.scales.values()),
+        "token_loss_rms_difference": loss_rms,
+    }
+
+
+def _count_differing(ours: Tensor, theirs: Tensor) -> int:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        raise GateError(f"{ours.dtype}{tuple(ours.shape)} instead of bitsandbytes' {theirs.dtype}{tuple(theirs.shape)}")
+    return int((ours != theirs).sum())

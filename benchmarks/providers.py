@@ -1,0 +1,131 @@
+"""The training stacks that are compared, one entry each; a new rival is one entry in `PROVIDERS`.
+
+Each stack is used as its own documentation says.  The recipe (LoRA on query_key_value, batch, learning rate, AdamW,
+steps, tokens) is the same for all.  A stack that cannot do a case fails it: nothing is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from qlora.loading import load_pretrained_4bit, prepare_model_for_training
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LEARNING_RATE = 2e-4
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Attributes:
+    is_yardstick: runs bitsandbytes, so others are held against it.
+    load: (checkpoint folder, dtype, device) -> the model in 4 bits on the device.
+    adapt: model -> the model with adapters.
+    trainer: (model, tokenizer, dataset, common training arguments) -> a trainer ready for `train()`.
+    """
+
+    is_yardstick: bool
+    load: Callable[[str, torch.dtype, str], PreTrainedModel]
+    adapt: Callable[[PreTrainedModel], PeftModel]
+    trainer: Callable[[PeftModel, PreTrainedTokenizerBase, Dataset, dict[str, Any]], Trainer]
+
+
+def lora_config() -> LoraConfig:
+    """The tutorial's adapters."""
+    return LoraConfig(
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        target_modules=["query_key_value"],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(precision: str, device: str) -> dict[str, Any]:
+    """What all stacks give their `TrainingArguments`; batch, steps and output folder come from the case."""
+    return {
+        "learning_rate": LEARNING_RATE,
+        "optim": "adamw_torch",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": device == "cpu",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def _load_qlora(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    return load_pretrained_4bit(checkpoint, dtype=dtype, device=device)
+
+
+def _adapt_qlora(model: PreTrainedModel) -> PeftModel:
+    return get_peft_model(prepare_model_for_training(model), lora_config())
+
+
+def _load_bitsandbytes(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=quantization, dtype=dtype, device_map={"": device}
+    )
+
+
+def _adapt(model: PreTrainedModel) -> PeftModel:
+    return get_peft_model(model, lora_config())
+
+
+def _adapt_for_kbit_training(model: PreTrainedModel) -> PeftModel:
+    return get_peft_model(prepare_model_for_kbit_training(model), lora_config())
+
+
+def _plain_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: dict[str, Any]
+) -> Trainer:
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=dataset,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+
+
+def _sft_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: dict[str, Any]
+) -> Trainer:
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments, max_length=MAX_LENGTH, gradient_checkpointing=True),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+
+
+PROVIDERS = {
+    "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
+    "qlora": Provider(False, _load_qlora, _adapt_qlora, _sft_trainer),
+    "trl+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt, _sft_trainer),
+}

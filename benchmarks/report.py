@@ -1,0 +1,172 @@
+"""Results as files: JSON lines, one row a case of a stack, and a Markdown page made from the same rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora.checkpoint import atomic_file
+
+from .environment import LIBRARIES
+from .jobs import Job
+from .processes import Outcome
+
+Row = dict[str, Any]
+
+RECIPE = "recipe"
+
+
+def rows_of(job: Job, outcome: Outcome, common: Row) -> list[Row]:
+    """One row for each finished case, and one more for a failure.  `common` goes into each."""
+    base = {**common, "stack": job.provider, "precision": job.precision}
+    cases = []
+    for phase in outcome.phases:
+        fields = {key: value for key, value in phase.items() if key != "phase"}
+        if phase["phase"] == "case":
+            cases.append(fields)
+        else:
+            renamed = {f"{phase['phase']}_{key}" if key in _PER_PHASE else key: v for key, v in fields.items()}
+            base |= renamed
+    if "load_seconds" in base:
+        base["load_gbps"] = base["checkpoint_bytes"] / base["load_seconds"] / 1e9
+    rows = [{**base, **case, "status": "ok"} for case in cases]
+    if outcome.failure is not None:
+        failed_in = outcome.failed_in
+        if failed_in == "case":
+            failed_in = job.cases[len(cases)].name
+        rows.append({**base, "name": failed_in, "status": "failed", "reason": outcome.failure})
+    return rows
+
+
+_PER_PHASE = ("seconds", "host_peak_gib", "gpu_peak_allocated_gib", "gpu_peak_reserved_gib")
+
+
+def file_stem(folder: Path, model: str, device: str, date: str) -> Path:
+    """`folder/MODEL-DEVICE-DATE`, with a number added where results of that name exist: none is overwritten."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    stem = folder / f"{model}-{slug}-{date[:10]}"
+    number = 1
+    while (candidate := stem if number == 1 else Path(f"{stem}-{number}")).with_suffix(".jsonl").exists():
+        number += 1
+    return candidate
+
+
+def write(stem: Path, rows: list[Row]) -> None:
+    """Write `STEM.jsonl` and `STEM.md` whole, replacing what this run wrote before."""
+    with atomic_file(stem.with_suffix(".jsonl")) as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with atomic_file(stem.with_suffix(".md")) as file:
+        file.write_text(markdown(rows, stem.with_suffix(".jsonl").name), encoding="utf-8")
+
+
+def markdown(rows: list[Row], source: str) -> str:
+    """The page: environment, loading and gate, the recipe, the fixed lengths, what failed."""
+    first = rows[0]
+    done = [row for row in rows if row["status"] == "ok"]
+    sections = [
+        f"# {first['model']}: QLoRA beside other stacks on {first['gpu'] or first['processor']}",
+        f"Made by `python -m benchmarks.bloom7b1` from `{source}`; every row there carries all of this. "
+        "What each column means: `docs/benchmarks.md`.",
+        _environment(first),
+        "## Loading the checkpoint, and the gate",
+        _table(_LOAD_COLUMNS, _one_per_stack(row for row in rows if "load_seconds" in row)),
+        "## The tutorial's recipe",
+        _table(_RECIPE_COLUMNS, [row for row in done if row["name"] == RECIPE]),
+        "## Fixed lengths",
+        _table(_LENGTH_COLUMNS, [row for row in done if row["name"] != RECIPE]),
+        "## What failed",
+        _table(_FAILURE_COLUMNS, [row for row in rows if row["status"] != "ok"]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _one_per_stack(rows: Iterable[Row]) -> list[Row]:
+    return list({(row["stack"], row["precision"]): row for row in rows}.values())
+
+
+Column = tuple[str, Callable[[Row], Any]]
+
+
+def _number(key: str, digits: int) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        value = row.get(key)
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    return show
+
+
+def _text(key: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) is None else str(row[key]).replace("|", "\\|")
+
+
+def _differing(kind: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        if row.get(f"{kind}_differ") is None:
+            return "-"
+        return f"{row[f'{kind}_differ']:,} of {row[f'{kind}_compared']:,}"
+
+    return show
+
+
+_STACK: list[Column] = [("stack", _text("stack")), ("precision", _text("precision"))]
+_SPEED: list[Column] = [
+    ("tokens/s", _number("tokens_per_s", 0)),
+    ("step, ms (median)", _number("step_ms", 1)),
+    ("GPU peak allocated, GiB", _number("gpu_peak_allocated_gib", 2)),
+    ("reserved, GiB", _number("gpu_peak_reserved_gib", 2)),
+    ("host peak, GiB", _number("host_peak_gib", 2)),
+]
+_LOAD_COLUMNS = [
+    *_STACK,
+    ("load, s", _number("load_seconds", 1)),
+    ("GB/s", _number("load_gbps", 2)),
+    ("model on GPU, GiB", _number("gpu_model_gib", 2)),
+    ("GPU peak, GiB", _number("load_gpu_peak_allocated_gib", 2)),
+    ("host peak, GiB", _number("load_host_peak_gib", 2)),
+    ("gate", _text("gate")),
+    ("first batch's loss", _number("first_batch_loss", 4)),
+    ("token losses differ, nats rms", _number("token_loss_rms_difference", 4)),
+    ("packed bytes differ", _differing("packed_bytes")),
+    ("scale codes differ", _differing("scale_codes")),
+]
+_RECIPE_COLUMNS = [
+    *_STACK,
+    ("batch", _text("batch")),
+    ("steps", _text("steps")),
+    ("tokens", _number("tokens", 0)),
+    ("all steps, s", _number("train_s", 1)),
+    *_SPEED,
+    ("loss, first step", _number("first_loss", 3)),
+    ("last step", _number("final_loss", 3)),
+    ("mean", _number("mean_loss", 3)),
+]
+_LENGTH_COLUMNS = [*_STACK, ("batch", _text("batch")), ("length", _text("length")), *_SPEED]
+_FAILURE_COLUMNS = [*_STACK, ("in", _text("name")), ("reason", _text("reason"))]
+
+
+def _table(columns: list[Column], rows: list[Row]) -> str:
+    if not rows:
+        return "Nothing."
+    lines = [
+        "| " + " | ".join(title for title, _ in columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _environment(row: Row) -> str:
+    shown = [key for key in row if key in _ENVIRONMENT and row[key] is not None]
+    return _table([("", _text("key")), ("", _text("value"))], [{"key": key, "value": row[key]} for key in shown])
+
+
+_ENVIRONMENT = frozenset(
+    (
+        *("commit", "dirty", "date", "python", *LIBRARIES),
+        *("gpu", "capability", "driver", "cuda", "processor", "cores", "host_memory_gib"),
+        *("layers", "hidden", "heads", "vocab", "checkpoint_bytes"),
+    )
+)

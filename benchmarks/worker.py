@@ -1,0 +1,172 @@
+"""One stack in a process of its own: load, gate, then each case; a line of record at the end of every phase.
+
+A process of its own keeps the peaks honest (no other stack's allocator, caches, imports or patches) and lets the parent
+end it at its time limit.  Errors are not caught: the parent reads the traceback's last line as the reason.
+
+    python -m benchmarks.worker JOB.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+
+from . import data, gate
+from .jobs import Case, Job
+from .providers import DTYPES, PROVIDERS, training_arguments
+
+
+class StepClock(TrainerCallback):
+    """Wall time of each step, the device's work included, from the end of one to the end of the next; and its loss."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.step_s: list[float] = []
+        self.losses: list[float] = []
+        self._last = 0.0
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = self._now()
+        self.step_s.append(now - self._last)
+        self._last = now
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"]:
+            self.losses.append(float(kwargs["logs"]["loss"]))
+
+
+class CountingCollator:
+    """The stack's own collator, with each batch's tokens counted: real ones, and those with the padding."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+        self.collator = collator
+        self.tokens: list[int] = []
+        self.padded: list[int] = []
+
+    def __call__(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+        batch = self.collator(examples)
+        self.tokens.append(int(batch["attention_mask"].sum()))
+        self.padded.append(batch["attention_mask"].numel())
+        return batch
+
+
+def run(job: Job) -> None:
+    """Do the job; see the module."""
+    provider = PROVIDERS[job.provider]
+    dtype = DTYPES[job.precision]
+    with _phase(job, "load") as record:
+        base = provider.load(job.checkpoint, dtype, job.device)
+        record["gpu_model_gib"] = torch.cuda.memory_allocated() / 2**30 if job.device == "cuda" else None
+
+    tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
+    prompts = data.prompt_dataset(tokenizer, json.loads(Path(job.prompts).read_text(encoding="utf-8")))
+    with _phase(job, "gate") as record:
+        packed, scales = gate.sample_weights(base)
+        model = provider.adapt(base)
+        model.train()
+        first = tokenizer.pad(prompts[: job.cases[0].batch], return_tensors="pt").to(job.device)
+        losses = gate.token_losses(model, dict(first), None if dtype == torch.float32 else dtype)
+        record["first_batch_loss"] = losses.mean().item()
+        record |= _held_against_yardstick(gate.Sample(packed, scales, losses), job)
+        trainable, total = model.get_nb_trainable_parameters()
+        record |= {"trainable_parameters": trainable, "parameters": total}
+
+    for case in job.cases:
+        dataset = prompts
+        if case.length is not None:
+            dataset = data.synthetic_dataset(case.batch * case.steps, case.length, model.config.vocab_size)
+        with _phase(job, "case") as record:
+            record |= asdict(case)
+            record |= _train(job, case, model, tokenizer, dataset)
+
+
+@contextmanager
+def _phase(job: Job, name: str) -> Iterator[dict[str, Any]]:
+    """Yields the phase's record, to be filled; it is written with the phase's begin, end and peak GPU memory.
+
+    Times are CLOCK_MONOTONIC, which the parent shares: it samples this process's host memory.
+    """
+    gc.collect()
+    if job.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    _append(job.record, {"begin": name})
+    record: dict[str, Any] = {"phase": name, "begin_s": time.monotonic()}
+    yield record
+    if job.device == "cuda":
+        torch.cuda.synchronize()
+        record["gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        record["gpu_peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    record["end_s"] = time.monotonic()
+    _append(job.record, record)
+
+
+def _append(path: str, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _held_against_yardstick(sample: gate.Sample, job: Job) -> dict[str, Any]:
+    """Only bitsandbytes makes a yardstick, so nothing is ever its own judge but the first such stack."""
+    path = Path(job.yardstick)
+    if path.exists():
+        return {"gate": "passed", **gate.compare(sample, gate.Sample.load(path), job.precision)}
+    if PROVIDERS[job.provider].is_yardstick:
+        sample.save(path)
+        return {"gate": "is the yardstick"}
+    return {"gate": "not checked: no bitsandbytes stack ran before this one"}
+
+
+def _train(
+    job: Job, case: Case, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> dict[str, Any]:
+    arguments = training_arguments(job.precision, job.device) | {
+        "output_dir": str(Path(job.folder) / "trainer"),
+        "per_device_train_batch_size": case.batch,
+        "max_steps": case.steps,
+    }
+    trainer = PROVIDERS[job.provider].trainer(model, tokenizer, dataset, arguments)
+    clock, collator = StepClock(job.device), CountingCollator(trainer.data_collator)
+    trainer.add_callback(clock)
+    trainer.data_collator = collator
+    trainer.train()
+    measured = slice(case.warmup_steps, case.steps)
+    seconds = sum(clock.step_s[measured])
+    return {
+        "train_s": sum(clock.step_s),
+        "step_ms": 1e3 * statistics.median(clock.step_s[measured]),
+        "tokens_per_s": sum(collator.tokens[measured]) / seconds,
+        "padded_tokens_per_s": sum(collator.padded[measured]) / seconds,
+        "tokens": sum(collator.tokens[: case.steps]),
+        "padded_tokens": sum(collator.padded[: case.steps]),
+        "first_loss": clock.losses[0],
+        "final_loss": clock.losses[-1],
+        "mean_loss": statistics.fmean(clock.losses),
+        "losses": clock.losses,
+    }
+
+
+if __name__ == "__main__":
+    run(Job.load(Path(sys.argv[1])))

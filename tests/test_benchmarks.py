@@ -1,0 +1,244 @@
+"""The full-size benchmark, at a tiny size on the CPU: every stack, the gate, what failures leave behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from benchmarks import bloom7b1, checkpoint, data, gate, processes, report
+from benchmarks.environment import LIBRARIES, environment
+from benchmarks.jobs import Case, Job
+from benchmarks.providers import PROVIDERS
+from qkernels.errors import UserError
+
+BLOOM_7B1_PARAMETERS = 7_069_016_064
+TINY = checkpoint.ModelSize(layers=2, hidden=64, heads=4, vocab=512)
+TINY_FLAGS = ["--layers", "2", "--hidden", "64", "--heads", "4", "--vocab", "512", "--device", "cpu"]
+TEXTS = [f"I want you to act as number {number} of a row of speakers, and to say only that." for number in range(9)]
+
+
+@pytest.fixture(scope="module")
+def prompts_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "prompts.csv"
+    file.write_text("act,prompt\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def results(prompts_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of every stack; the path of its results without suffix."""
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path_factory.mktemp("results")
+    flags = ["--prompts", "6", "--lengths", "2x16", "--steps", "1", "--warmup", "1", "--commit", "abc+"]
+    assert bloom7b1.main([*TINY_FLAGS, *flags, "--data", str(prompts_csv), "--out", str(out)]) == 0
+    (file,) = out.glob("*.jsonl")
+    return file.with_suffix("")
+
+
+@pytest.fixture
+def rows(results: Path) -> list[report.Row]:
+    return [json.loads(line) for line in results.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoint.build_checkpoint(folder, TINY, device="cpu")
+    data.train_tokenizer(TEXTS, TINY.vocab).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(tiny_checkpoint: Path, tmp_path: Path) -> Job:
+    (tmp_path / "prompts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
+    return Job(
+        provider=next(iter(PROVIDERS)),
+        precision="fp32",
+        device="cpu",
+        checkpoint=str(tiny_checkpoint),
+        prompts=str(tmp_path / "prompts.json"),
+        record=str(tmp_path / "run" / "record.jsonl"),
+        yardstick=str(tmp_path / "yardstick.safetensors"),
+        folder=str(tmp_path / "run"),
+        cases=(Case("2x16", 2, 16, steps=1, warmup_steps=0),),
+    )
+
+
+def test_every_stack_does_every_case(rows: list[report.Row]) -> None:
+    assert [(row["stack"], row["name"], row["status"]) for row in rows] == [
+        (stack, name, "ok") for stack in PROVIDERS for name in ("recipe", "2x16")
+    ]
+
+
+def test_every_row_says_what_was_measured_and_on_what(rows: list[report.Row]) -> None:
+    for row in rows:
+        assert (row["commit"], row["dirty"]) == ("abc", True)
+        assert row["date"].endswith("+00:00")
+        assert row["torch"] == torch.__version__
+        assert set(LIBRARIES) <= set(row)
+        assert (row["layers"], row["hidden"], row["heads"], row["vocab"]) == (2, 64, 4, 512)
+        assert row["tokens_per_s"] > 0
+        assert row["step_ms"] > 0
+        assert row["load_seconds"] > 0
+        assert row["host_peak_gib"] > 0.05
+        assert row["trainable_parameters"] == 2 * 16 * (64 + 3 * 64)
+
+
+def test_the_stacks_train_alike(rows: list[report.Row]) -> None:
+    """The same tokens, the same start, and a loss that goes down by the same amount but for the adapters' draw."""
+    recipes = [row for row in rows if row["name"] == "recipe"]
+    assert {(row["steps"], row["tokens"]) for row in recipes} == {(10, recipes[0]["tokens"])}
+    assert all(len(row["losses"]) == 10 for row in recipes)
+    for row in recipes:
+        assert row["final_loss"] < row["first_loss"]
+        assert row["final_loss"] == pytest.approx(recipes[0]["final_loss"], abs=0.05)
+
+
+def test_the_gate_compared_every_stack_with_the_first(rows: list[report.Row]) -> None:
+    first, *others = PROVIDERS
+    for row in rows:
+        assert row["gate"] == ("is the yardstick" if row["stack"] == first else "passed")
+    assert others
+    assert all(row["packed_bytes_differ"] == 0 for row in rows if row["stack"] in others)
+
+
+def test_the_page_shows_the_rows(results: Path, rows: list[report.Row]) -> None:
+    page = results.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == report.markdown(rows, results.with_suffix(".jsonl").name)
+    for stack in PROVIDERS:
+        assert page.count(f"| {stack} | fp32 |") == 3  # loading, recipe, fixed length
+
+
+def test_the_full_size_is_bloom_7b1s() -> None:
+    config = checkpoint.bloom_config(checkpoint.ModelSize())
+    shards = list(checkpoint._shards(config))
+    assert sum(shape.numel() for shard in shards for shape in shard.values()) == BLOOM_7B1_PARAMETERS
+    assert "h.29.self_attention.query_key_value.weight" in shards[-1]
+    assert shards[0]["word_embeddings.weight"] == (250_880, 4096)
+    assert len(shards) == 7
+
+
+def test_the_checkpoint_is_built_once_and_again_for_another_size(tmp_path: Path) -> None:
+    size_bytes = checkpoint.build_checkpoint(tmp_path, TINY, device="cpu")
+    (file, _) = sorted(tmp_path.glob("*.safetensors"))
+    before = file.stat().st_mtime_ns
+    assert checkpoint.build_checkpoint(tmp_path, TINY, device="cpu") == size_bytes
+    assert file.stat().st_mtime_ns == before
+    assert checkpoint.build_checkpoint(tmp_path, replace(TINY, vocab=1024), device="cpu") > size_bytes
+    assert load_file(file)["word_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_tokenizer_comes_back_from_the_checkpoint(tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    ids = data.prompt_dataset(tokenizer, TEXTS)[0]["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id == 2
+    assert tokenizer.pad_token_id == 3
+    assert tokenizer.decode(ids[:-1]) == TEXTS[0]
+
+
+@pytest.fixture
+def sample() -> gate.Sample:
+    return gate.Sample(
+        {"a": torch.arange(8, dtype=torch.uint8)}, {"a": torch.arange(2, dtype=torch.uint8)}, torch.ones(5)
+    )
+
+
+def test_the_gate_lets_an_equal_stack_through_after_a_round_trip(sample: gate.Sample, tmp_path: Path) -> None:
+    sample.save(tmp_path / "sample.safetensors")
+    differences = gate.compare(sample, gate.Sample.load(tmp_path / "sample.safetensors"), "fp32")
+    assert differences["packed_bytes_differ"] == differences["scale_codes_differ"] == 0
+    assert differences["packed_bytes_compared"] == 8
+    assert differences["token_loss_rms_difference"] == 0
+
+
+def test_the_gate_stops_other_nibbles(sample: gate.Sample) -> None:
+    other = replace(sample, packed={"a": sample.packed["a"] + 1})
+    with pytest.raises(gate.GateError, match="8 bytes of the sampled packed weights"):
+        gate.compare(other, sample, "fp32")
+
+
+@pytest.mark.parametrize("loss", [1.1, float("nan")])
+def test_the_gate_stops_another_loss(sample: gate.Sample, loss: float) -> None:
+    other = replace(sample, token_loss=torch.tensor([1.0, 1.0, loss, 1.0, 1.0]))
+    with pytest.raises(gate.GateError, match="token losses differ"):
+        gate.compare(other, sample, "fp32")
+
+
+def test_a_stack_that_the_gate_stops_is_not_timed(job: Job) -> None:
+    name = "transformer.h.0.self_attention.query_key_value"
+    other = gate.Sample({name: torch.zeros(3 * 64 * 64 // 2, dtype=torch.uint8)}, {}, torch.ones(1))
+    other.save(Path(job.yardstick))
+    outcome = processes.run_job(job, limit_s=120)
+    assert outcome.failed_in == "gate"
+    assert [phase["phase"] for phase in outcome.phases] == ["load"]
+    (row,) = report.rows_of(job, outcome, {"checkpoint_bytes": 1})
+    assert (row["name"], row["status"]) == ("gate", "failed")
+    assert "bytes of the sampled packed weights differ" in row["reason"]
+    assert "tokens_per_s" not in row
+
+
+def test_a_stack_that_cannot_start_is_listed_with_its_reason(job: Job, tmp_path: Path) -> None:
+    outcome = processes.run_job(replace(job, checkpoint=str(tmp_path / "nowhere")), limit_s=120)
+    (row,) = report.rows_of(job, outcome, {"model": "m", "gpu": None, "processor": "p", "checkpoint_bytes": 1})
+    assert (row["name"], row["status"]) == ("load", "failed")
+    assert "Error" in row["reason"]
+    assert row["reason"] in outcome.log_tail
+    assert row["reason"] in report.markdown([row], "x.jsonl")
+
+
+def test_a_stack_is_ended_at_its_time_limit(job: Job) -> None:
+    outcome = processes.run_job(job, limit_s=0.2)
+    assert outcome == processes.Outcome([], "ended at its time limit of 0 s", "start", "")
+
+
+def test_what_was_finished_before_a_failure_is_kept(job: Job) -> None:
+    two = replace(job, cases=(Case("first", 1, 8, 2, 1), Case("second", 1, 8, 2, 1)))
+    phases = [{"phase": "load", "seconds": 2.0}, {"phase": "case", "name": "first", "tokens_per_s": 3.0}]
+    outcome = processes.Outcome(phases, "torch.OutOfMemoryError: no room", "case", "")
+    done, failed = report.rows_of(two, outcome, {"checkpoint_bytes": 4_000_000_000})
+    assert (done["name"], done["status"], done["load_gbps"]) == ("first", "ok", 2.0)
+    assert (failed["name"], failed["reason"]) == ("second", "torch.OutOfMemoryError: no room")
+
+
+def test_the_reason_is_the_tracebacks_last_error() -> None:
+    log = "ValueError: first\nDuring handling\ntorch.OutOfMemoryError: CUDA out of memory.\n  0%|   | 0/2\n"
+    assert processes._reason(log, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    assert processes._reason("", -9) == "killed by signal 9"
+
+
+def test_results_are_never_overwritten(tmp_path: Path) -> None:
+    stem = report.file_stem(tmp_path, "bloom-7b1", "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00")
+    assert stem.name == "bloom-7b1-nvidia-h100-80gb-hbm3-2026-01-02"
+    stem.with_suffix(".jsonl").touch()
+    again = report.file_stem(tmp_path, "bloom-7b1", "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00")
+    assert again.name == "bloom-7b1-nvidia-h100-80gb-hbm3-2026-01-02-2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "which is not there"), ("act,text\n1,2\n", "the columns ['act', 'text']")]
+)
+def test_wrong_data_is_one_line_and_exit_code_2(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.csv"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    assert bloom7b1.main([*TINY_FLAGS, "--data", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError):
+        data.read_prompts(file)
+
+
+def test_the_commit_comes_from_git_where_there_is_one() -> None:
+    found = environment("cpu")
+    assert found["commit"] is None or len(str(found["commit"])) == 40
+    assert environment("cpu", commit="abc")["dirty"] is False
