@@ -5,6 +5,8 @@ Room: any device, no Triton, no input checks.  Written to be read beside `format
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .format import (
@@ -21,8 +23,22 @@ from .format import (
 )
 
 
+def exact_reciprocal(absmax: torch.Tensor) -> torch.Tensor:
+    """1 / absmax, float32, correctly rounded, subnormal results flushed to zero.
+
+    A GPU takes an approximate instruction, at most one ulp off this.  It is the only thing that the hardware decides;
+    the quantizers here take it as an argument, so that a GPU's results can be reproduced to the last bit.
+    """
+    inverse = 1.0 / absmax
+    return torch.where(inverse < SMALLEST_NORMAL, 0.0, inverse)
+
+
 def quantize_4bit_reference(
-    A: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+    A: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    quant_storage: torch.dtype,
+    reciprocal: Callable[[torch.Tensor], torch.Tensor] = exact_reciprocal,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to packed 4-bit codes.
 
@@ -33,7 +49,7 @@ def quantize_4bit_reference(
         packed bytes viewed as `quant_storage`, shape [ceil(ceil(n/2) / itemsize), 1], padding bytes zero; and absmax
         float32[ceil(n/blocksize)].
     """
-    scaled, absmax = _scale_blocks(A, blocksize)
+    scaled, absmax = _scale_blocks(A, blocksize, reciprocal)
     if quant_type == "nf4":
         index = torch.bucketize(scaled, scaled.new_tensor(NF4_THRESHOLDS), out_int32=True)
     else:
@@ -70,7 +86,10 @@ def dequantize_4bit_reference(
 
 
 def quantize_blockwise_reference(
-    A: torch.Tensor, code: torch.Tensor, blocksize: int
+    A: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    reciprocal: Callable[[torch.Tensor], torch.Tensor] = exact_reciprocal,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to 8-bit indices into `code`.
 
@@ -81,7 +100,7 @@ def quantize_blockwise_reference(
     Returns:
         uint8 indices of A's shape, and absmax float32[ceil(n/blocksize)].
     """
-    scaled, absmax = _scale_blocks(A, blocksize)
+    scaled, absmax = _scale_blocks(A, blocksize, reciprocal)
     index = torch.bucketize(scaled, blockwise_thresholds(code), out_int32=True)
     # A NaN (an all-zero block: 0 * inf) fails every comparison, so it takes index 0.
     index = torch.where(scaled.isnan(), 0, index)
@@ -124,7 +143,9 @@ def unpack_nibbles(A: torch.Tensor, n: int) -> torch.Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:n].int()
 
 
-def _scale_blocks(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_blocks(
+    A: torch.Tensor, blocksize: int, reciprocal: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks divided by their absmax, float32[blocks, blocksize] (the tail padded with zeros), and absmax."""
     n = A.numel()
     blocks = A.new_zeros(block_count(n, blocksize) * blocksize, dtype=torch.float32)
@@ -134,9 +155,7 @@ def _scale_blocks(A: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.
     absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
     absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
     # A product with the reciprocal, not a quotient: so does the GPU, and the two round differently.
-    reciprocal = 1.0 / absmax
-    reciprocal = torch.where(reciprocal < SMALLEST_NORMAL, 0.0, reciprocal)
-    return blocks * reciprocal[:, None], absmax
+    return blocks * reciprocal(absmax)[:, None], absmax
 
 
 def _unscale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:

@@ -89,6 +89,7 @@ def quantize_blockwise_triton(
         ROWS=config.rows,
         USE_ASM=A.is_cuda,
         num_warps=config.num_warps,
+        enable_fp_fusion=False,
     )
     return out, absmax
 
@@ -107,4 +108,5 @@ def dequantize_blockwise_triton(
         QUANT_BLOCK=blocksize,
         ROWS=config.rows,
         num_warps=config.num_warps,
+        enable_fp_fusion=False,
     )

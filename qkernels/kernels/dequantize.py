@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import NESTED_BLOCKSIZE, code_table
+from ..format import NESTED_BLOCKSIZE, code_table, packed_length
 from ..tuning import LaunchConfig
 from ._tile import load_absmax
 
@@ -26,23 +26,39 @@ def _dequantize_4bit_kernel(
     code_ptr,
     out_ptr,
     n,
+    n_bytes,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     QUANT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
-    offs_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask_block = offs_block * QUANT_BLOCK < n
+    # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
+    first_block = tl.program_id(0).to(tl.int64) * ROWS
+    remaining = tl.minimum(n - first_block * QUANT_BLOCK, ROWS * QUANT_BLOCK).to(tl.int32)
+    # Not computed from `remaining`: as an argument of its own its divisibility by 16 is known, and with it that whole
+    # vectors are inside or outside.
+    remaining_bytes = tl.minimum(n_bytes - first_block * HALF, ROWS * HALF).to(tl.int32)
+    row = tl.arange(0, ROWS)
     absmax = load_absmax(
-        absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, offs_block, mask_block, NESTED, NESTED_BLOCK
+        absmax_ptr,
+        absmax_8bit_ptr,
+        absmax_code_ptr,
+        absmax_offset_ptr,
+        first_block + row,
+        row * QUANT_BLOCK < remaining,
+        NESTED,
+        NESTED_BLOCK,
     )[:, None]
-    offs_byte = offs_block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    packed = tl.load(packed_ptr + offs_byte, mask=offs_byte * 2 < n, other=0).to(tl.int32)
+    offs_byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = tl.load(packed_ptr + first_block * HALF + offs_byte, mask=offs_byte < remaining_bytes, other=0).to(
+        tl.int32
+    )
     even = tl.load(code_ptr + (packed >> 4)) * absmax
     odd = tl.load(code_ptr + (packed & 15)) * absmax
-    offs_out = offs_byte[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tl.store(out_ptr + offs_out, tl.join(even, odd).to(out_ptr.dtype.element_ty), mask=offs_out < n)
+    values = tl.join(even, odd).reshape(ROWS, QUANT_BLOCK).to(out_ptr.dtype.element_ty)
+    offs_out = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
+    tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
 
 
 def dequantize_4bit_triton(
@@ -73,11 +89,11 @@ def dequantize_4bit_triton(
         code_table(quant_type, A.device),
         out,
         n,
+        packed_length(n),
         NESTED=absmax_8bit is not None,
         NESTED_BLOCK=NESTED_BLOCKSIZE,
         QUANT_BLOCK=blocksize,
         ROWS=config.rows,
         num_warps=config.num_warps,
-        # The nested scale is rounded after its product and again after its sum.
         enable_fp_fusion=False,
     )

@@ -1,7 +1,6 @@
 """Quantize a tensor to packed 4-bit codes and float32 scales, reading it once.
 
-A program takes ROWS quantization blocks, so that the maximum of a block never leaves it.  The tile is loaded as pairs
-(even element, odd element), since a pair becomes a byte; neighbouring threads load neighbouring pairs.
+A program takes ROWS quantization blocks, so that the maximum of a block never leaves it.
 Bytes moved: itemsize + 1/2 + 4/blocksize an element.
 """
 
@@ -61,25 +60,32 @@ def _quantize_4bit_kernel(
     packed_ptr,
     absmax_ptr,
     n,
+    n_bytes,
     NF4: tl.constexpr,
     QUANT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
-    offs_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offs_byte = offs_block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    offs_x = offs_byte[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
+    first_block = tl.program_id(0).to(tl.int64) * ROWS
+    remaining = tl.minimum(n - first_block * QUANT_BLOCK, ROWS * QUANT_BLOCK).to(tl.int32)
+    # Not computed from `remaining`: as an argument of its own its divisibility by 16 is known, and with it that whole
+    # vectors are inside or outside.
+    remaining_bytes = tl.minimum(n_bytes - first_block * HALF, ROWS * HALF).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    offs_x = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     # The tail reads zeros, which change no maximum and encode to the zero index.
-    x = tl.load(x_ptr + offs_x, mask=offs_x < n, other=0.0).to(tl.float32)
-    even, odd = tl.split(x)
+    x = tl.load(x_ptr + first_block * QUANT_BLOCK + offs_x, mask=offs_x < remaining, other=0.0).to(tl.float32)
     # maximum() without NaN propagation: NaN elements are skipped here and encode to index 0 below.
-    absmax = flush_subnormal(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1))
+    absmax = flush_subnormal(tl.max(tl.abs(x), axis=1))
     inverse = reciprocal(absmax, USE_ASM)[:, None]
     is_zero = (absmax == 0.0)[:, None]
-    packed = (encode(even, inverse, is_zero, NF4) << 4) | encode(odd, inverse, is_zero, NF4)
-    tl.store(packed_ptr + offs_byte, packed.to(tl.uint8), mask=offs_byte * 2 < n)
-    tl.store(absmax_ptr + offs_block, absmax, mask=offs_block * QUANT_BLOCK < n)
+    even, odd = tl.split(encode(x, inverse, is_zero, NF4).reshape(ROWS, HALF, 2))
+    offs_byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = ((even << 4) | odd).to(tl.uint8)
+    tl.store(packed_ptr + first_block * HALF + offs_byte, packed, mask=offs_byte < remaining_bytes)
+    tl.store(absmax_ptr + first_block + row, absmax, mask=row * QUANT_BLOCK < remaining)
 
 
 def quantize_4bit_triton(
@@ -102,10 +108,12 @@ def quantize_4bit_triton(
         packed_bytes,
         absmax,
         n,
+        packed_length(n),
         NF4=quant_type == "nf4",
         QUANT_BLOCK=blocksize,
         ROWS=config.rows,
         USE_ASM=A.is_cuda,
         num_warps=config.num_warps,
+        enable_fp_fusion=False,
     )
     return packed, absmax
