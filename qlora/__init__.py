@@ -1,0 +1,41 @@
+"""4-bit models and QLoRA training on top of `qkernels`.
+
+    import qlora                                          # registers NF4 with transformers and peft
+    model = qlora.load_pretrained_4bit("bigscience/bloom-7b1")
+
+Importing it is what makes transformers know `NF4Config` and checkpoints saved with it (an unknown method is loaded as
+if it were not quantized, with a warning only), and peft's LoRA know `Linear4bit`.
+"""
+
+from qkernels.errors import UserError
+
+from .embedding4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
+from .integrations import peft as _peft  # noqa: F401  (registers)
+from .integrations.transformers import NF4Config, dequantize_model, quantize_model
+from .linear4bit import Linear4bit, LinearFP4, LinearNF4
+from .loading import load_pretrained_4bit, prepare_model_for_training
+from .lora import LoRALinear, apply_lora
+from .params4bit import Params4bit
+from .precision import PrecisionPolicy, choose_precision
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedding4bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Linear4bit",
+    "LinearFP4",
+    "LinearNF4",
+    "LoRALinear",
+    "NF4Config",
+    "Params4bit",
+    "PrecisionPolicy",
+    "UserError",
+    "apply_lora",
+    "choose_precision",
+    "dequantize_model",
+    "load_pretrained_4bit",
+    "prepare_model_for_training",
+    "quantize_model",
+]
