@@ -84,15 +84,12 @@ def load_pretrained_4bit(
         if kwargs.get("gguf_file") is not None:
             return quantize_model(_load_gguf(name, float_dtype, kwargs), config, target)
         stored = _stored_config(name, kwargs)
-        if stored is not None:
+        arguments = {"dtype": float_dtype, "weights_only": True, "device_map": {"": target}, **kwargs}
+        if stored is None:
+            arguments["quantization_config"] = config  # not None else: that would erase the stored one
+        else:
             _check_same_format(name, stored, config)
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=float_dtype,
-            weights_only=True,
-            quantization_config=config if stored is None else None,
-            **{"device_map": {"": target}, **kwargs},
-        )
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
 
 
 def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: bool = True) -> PreTrainedModel:

@@ -102,12 +102,12 @@ class NF4Quantizer(HfQuantizer):
         return {
             name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and should_convert_module(name, self._not_converted)
+            if type(module) is nn.Linear and not _is_named(name, self._not_converted)
         }
 
     def new_layer(self, linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
         config = self.quantization_config
-        layer = Linear4bit.from_linear(
+        return Linear4bit.from_linear(
             linear,
             quant_type=config.quant_type,
             blocksize=config.blocksize,
@@ -116,8 +116,6 @@ class NF4Quantizer(HfQuantizer):
             compute_dtype=config.compute_dtype,
             device=device,
         )
-        layer.requires_grad_(False)
-        return layer
 
     # While loading.
 
@@ -238,6 +236,13 @@ def _refuse_sliced_layers(config: Any) -> None:
             got=f"True with pretraining_tp={config.pretraining_tp}, which multiplies by slices of the weights",
             remedy="Pass slow_but_exact=False to from_pretrained; the results differ by rounding only.",
         )
+
+
+def _is_named(name: str, patterns: list[str]) -> bool:
+    """Whether a module, or one that it is part of, is named.  transformers' own rule alone would let "mlp" match
+    "model.layers.0.mlp" and still convert "model.layers.0.mlp.up_proj"."""
+    parts = name.split(".")
+    return any(not should_convert_module(".".join(parts[: end + 1]), patterns) for end in range(len(parts)))
 
 
 def _refuse_unknown_names(model: nn.Module, wanted: list[str]) -> None:
