@@ -91,9 +91,7 @@ def resolve_device(device: torch.device | str | int | None = None) -> torch.devi
             "device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device), remedy="Name one of these."
         ) from error
     if resolved.type not in ("cpu", "cuda"):
-        raise UserError(
-            "device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device), remedy="Name one of these."
-        )
+        raise UserError("device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device), remedy="Name one of these.")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device",
