@@ -17,9 +17,9 @@ test: $(VENV)/dev.stamp
 test-interpreter: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
-# On a machine with an NVIDIA GPU; GPU_RECORD=DIR leaves a record of the run there.
+# On a machine with an NVIDIA GPU; leaves a record of the run (outcomes, versions, commit).
 test-gpu: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu --record benchmarks/results/gpu-tests.json
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
