@@ -77,13 +77,15 @@ def choose_precision(
 
 
 def resolve_device(device: torch.device | str | int | None = None) -> torch.device:
-    """The device asked for, or CUDA if there is one, else the CPU.
+    """The device asked for, or CUDA if there is one, else the CPU; a CUDA device always with its index.
+
+    The index matters: the Trainer compares devices, and takes a model on "cuda" for one spread over several GPUs.
 
     Raises:
         UserError: the device does not parse, is neither CPU nor CUDA, or CUDA is not available.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -99,8 +101,12 @@ def resolve_device(device: torch.device | str | int | None = None) -> torch.devi
             got=repr(str(resolved)),
             remedy="torch sees no CUDA GPU here: install a CUDA build of torch and the NVIDIA driver, or use device='cpu'.",
         )
-    count = torch.cuda.device_count() if resolved.type == "cuda" else 0
-    if resolved.type == "cuda" and resolved.index is not None and resolved.index >= count:
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if resolved.index >= count:
         raise UserError(
             "device",
             expected=f"a CUDA index below {count}",
