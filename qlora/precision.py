@@ -87,7 +87,8 @@ def resolve_device(device: torch.device | str | int | None = None) -> torch.devi
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
+        # A bare index means CUDA; torch.device(0) raises on a machine without an accelerator.
+        resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError as error:
         raise UserError(
             "device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device), remedy="Name one of these."
@@ -99,7 +100,7 @@ def resolve_device(device: torch.device | str | int | None = None) -> torch.devi
             "device",
             expected="a device of this machine",
             got=repr(str(resolved)),
-            remedy="torch sees no CUDA GPU here: install a CUDA build of torch and the NVIDIA driver, or use device='cpu'.",
+            remedy="torch sees no CUDA GPU here: install a CUDA build and the NVIDIA driver, or use device='cpu'.",
         )
     if resolved.type == "cpu":
         return resolved
