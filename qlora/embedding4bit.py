@@ -94,7 +94,7 @@ class Embedding4bit(Module4bit, nn.Embedding):
             raise UserError(
                 "embedding",
                 expected="a float torch.nn.Embedding without max_norm (which rewrites rows at every look-up)",
-                got=f"a {type(embedding).__name__}" + ("" if max_norm is None else f" with max_norm={max_norm}"),
+                got=type(embedding).__name__ + ("" if max_norm is None else f" with max_norm={max_norm}"),
                 remedy="Pass the table that is to be quantized.",
             )
         layer = cls(

@@ -16,7 +16,7 @@ from torch import nn
 from qkernels import matmul_4bit
 from qkernels.errors import UserError
 
-from .module4bit import Module4bit
+from .module4bit import Module4bit, autocast_dtype
 from .params4bit import Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]
@@ -94,7 +94,7 @@ class Linear4bit(Module4bit, nn.Linear):
             raise UserError(
                 "linear",
                 expected="a float torch.nn.Linear",
-                got=f"a {type(linear).__name__}",
+                got=type(linear).__name__,
                 remedy="Pass the layer that is to be quantized.",
             )
         # No argument but the sizes: the subclasses' constructors differ, and on the meta device nothing is allocated.
@@ -126,13 +126,9 @@ class Linear4bit(Module4bit, nn.Linear):
             UserError: the weight is not quantized yet; x has another last dimension, dtype or device.
         """
         packed, quant_state = self._packed()
-        dtype = out_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = out_dtype = torch.get_autocast_dtype(x.device.type)
-        elif self.compute_dtype is not None:
-            dtype = self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return matmul_4bit(x.to(dtype), packed, quant_state, bias=bias).to(out_dtype)
+        autocast = autocast_dtype(x)
+        dtype = autocast or self.compute_dtype or x.dtype
+        return matmul_4bit(x.to(dtype), packed, quant_state, bias=self.bias).to(autocast or x.dtype)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

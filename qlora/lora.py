@@ -21,7 +21,7 @@ from torch import nn
 
 from qkernels.errors import UserError
 
-from .module4bit import Module4bit
+from .module4bit import Module4bit, autocast_dtype
 from .targets import resolve_target_modules
 
 __all__ = ["LoRALinear", "apply_lora"]
@@ -88,9 +88,9 @@ class LoRALinear(nn.Module):
             bias = self._bias()
             bias = None if bias is None else bias.to(self.merged_weight.dtype)
             y = F.linear(x.to(self.merged_weight.dtype), self.merged_weight, bias)
-            return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+            return y.to(autocast_dtype(x) or x.dtype)
         y = self.base_layer(x)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x) is None:
             x = x.to(self.lora_A.weight.dtype)
         inner = self.lora_A(self.lora_dropout(x))
         # Scaled at rank r, not at N.  The sum is in the wider of the two dtypes and rounded once.
@@ -159,7 +159,7 @@ class LoRALinear(nn.Module):
                 raise UserError(
                     "base_layer",
                     expected=f"a float weight of shape ({self.out_features}, {self.in_features})",
-                    got=f"a {type(base).__name__} with a {weight.dtype} weight of shape {tuple(weight.shape)}",
+                    got=f"{type(base).__name__} with a {weight.dtype} weight of shape {tuple(weight.shape)}",
                     remedy="Only float linear layers and qlora's 4-bit ones can be merged.",
                 )
             dtype = dtype or weight.dtype
@@ -205,14 +205,14 @@ def _check(base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float
         raise UserError(
             "base_layer",
             expected="a linear layer, with in_features and out_features",
-            got=f"a {type(base_layer).__name__}",
+            got=type(base_layer).__name__,
             remedy="Wrap an nn.Linear or a Linear4bit.",
         )
     if isinstance(base_layer, LoRALinear):
         raise UserError(
             "base_layer",
             expected="a layer without an adapter",
-            got="a LoRALinear",
+            got="LoRALinear",
             remedy="Train the adapter that is there, or wrap its merged_linear().",
         )
     checks = (

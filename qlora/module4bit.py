@@ -24,6 +24,15 @@ from .params4bit import Params4bit, map_state, packed_elements
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants products with `x` in; None outside autocast."""
+    kind = x.device.type
+    # Asked first, since autocast knows nothing of the meta device and would raise.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 class Module4bit(nn.Module):
     """A module whose `weight` is a `Params4bit`.
 

@@ -231,11 +231,6 @@ class Params4bit(nn.Parameter):
     def double(self, *args: Any, **kwargs: Any) -> Params4bit:  # type: ignore[override]
         return self.to(torch.float64)
 
-    def type(self, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if dtype is None or not self.bnb_quantized:
-            return super().type(dtype, *args, **kwargs)
-        return self
-
     def share_memory_(self) -> Params4bit:  # type: ignore[override]
         super().share_memory_()
         map_state(self.quant_state, torch.Tensor.share_memory_)
