@@ -1,0 +1,82 @@
+"""What a run shows and records while it goes: the bar with loss, tokens/s and peak memory, and `metrics.jsonl`.
+
+Room: callbacks for transformers' Trainer; nothing here changes the training.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+GIB = 2**30
+
+
+def peak_memory_gib() -> float:
+    """Most memory in use so far, in GiB: torch's on the GPU, or the process's resident memory without one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+
+
+class MetricsWriter(TrainerCallback):
+    """Adds tokens/s and peak memory to each log entry and appends the entry to a file, one JSON object a line.
+
+    Args:
+        path: `metrics.jsonl`.  Begun anew with what the resumed checkpoint remembers, so that steps after the
+            checkpoint, which are run again, do not stand there twice.
+        start: entries from before the training.
+    """
+
+    def __init__(self, path: Path, start: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.start = start
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._step_began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.path.write_text("".join(_line(entry) for entry in self.start + state.log_history), encoding="utf-8")
+        self._tokens = self._seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._step_began  # steps alone: no evaluation, no checkpoint
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            # TRL counts the tokens since the start of this process, padding left out.
+            extra = {
+                "tokens_per_s": round((logs["num_tokens"] - self._tokens) / self._seconds, 1),
+                "peak_memory_gib": round(peak_memory_gib(), 3),
+            }
+            self._tokens, self._seconds = logs["num_tokens"], 0.0
+            logs |= extra
+            state.log_history[-1] |= extra
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(state.log_history[-1]))
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's bar with the figures beside it, instead of a line of them above it at each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is None or "loss" not in logs:
+            return
+        self.training_bar.set_postfix_str(
+            f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s, peak {logs['peak_memory_gib']:.2f} GiB"
+        )
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

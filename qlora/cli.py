@@ -1,0 +1,71 @@
+"""The `qlora` command: which command runs, and what its errors become.
+
+Room: usage, messages and exit codes: 0, 2 for wrong input (one line on stderr), 130 after Ctrl-C.  The commands raise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qkernels.errors import UserError
+
+from . import __version__
+
+COMMANDS = {
+    "train": "fine-tune a model in 4 bits with LoRA",
+    "generate": "continue prompts, with or without an adapter",
+    "compare": "show the base model beside the tuned one, on the same prompts",
+    "merge": "write base and adapter as one ordinary model",
+    "plan": "estimate the GPU memory of a run, without loading the model",
+    "demo": "all of it on a small model, without a GPU or a network, in a few minutes",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command", expected=" | ".join(COMMANDS), got=message, remedy="See `qlora --help`.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: words after `qlora`; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = "qlora"
+    try:
+        command = _parser().parse_args(words[:1] or ["--help"]).command
+        name = f"qlora {command}"
+        # The libraries' notes to their own callers; the user of a command can do nothing about them.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        importlib.import_module(f"qlora.{command}" if command != "plan" else "qlora.memory").main(words[1:])
+    except UserError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> _Parser:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = _Parser(
+        prog="qlora",
+        usage="qlora COMMAND [flags]",
+        description="Fine-tune language models in 4 bits (NF4) with LoRA.",
+        epilog=f"commands:\n{commands}\n\n`qlora COMMAND --help` lists a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qlora {__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    return parser

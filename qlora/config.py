@@ -1,0 +1,153 @@
+"""From flags and a YAML file to checked dataclasses, and back to a YAML file that repeats the run.
+
+Room: parsing only.  The parser is TRL's; this file adds that a YAML value is checked like a flag, and that everything
+that is wrong is reported at once instead of one thing a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from qkernels.errors import UserError
+
+from .arguments import TrainingArguments
+
+
+class Parser(TrlParser):
+    """TRL's parser; reports by `UserError` instead of printing usage and ending the process."""
+
+    def __init__(self, dataclass_types: Sequence[Any], prog: str, **kwargs: Any) -> None:
+        super().__init__(list(dataclass_types), prog=prog, allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of the flags below, without the dashes.")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            "command line", expected="valid flags", got=message, remedy=f"See `{self.prog} --help` for all flags."
+        )
+
+
+def parse(
+    parser: Parser, argv: Sequence[str], check: Callable[[argparse.Namespace], list[str]] = lambda _: []
+) -> tuple[Any, ...]:
+    """Flags and the YAML file that --config names, as the parser's dataclasses; a flag wins over the file.
+
+    Args:
+        parser: parser over dataclasses.
+        argv: the flags.
+        check: given all values, returns what is wrong with them, one sentence each.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    problems: list[str] = []
+    words = [*_words_of_file(parser, argv, problems), *argv]
+    try:
+        values, unknown = parser.parse_known_args(words)
+    except UserError as error:
+        raise _as_one([*problems, str(error.got)], parser) from error
+    problems += [_unknown(parser, word) for word in unknown if word.startswith("-")]
+    if unknown and not problems:
+        problems.append(f"{unknown[0]!r} belongs to no flag")
+    problems += check(values)
+    if problems:
+        raise _as_one(problems, parser)
+    count = len(list(parser.dataclass_types))  # after them comes a namespace with --config
+    try:
+        return tuple(parser.parse_args_into_dataclasses(words, look_for_args_file=False)[:count])
+    except UserError:
+        raise
+    except ValueError as error:  # the checks that transformers and TRL make of combinations
+        raise _as_one([" ".join(str(error).split())], parser) from error
+
+
+def _words_of_file(parser: Parser, argv: Sequence[str], problems: list[str]) -> list[str]:
+    """The settings of the YAML file as command-line words, so that one parser checks both alike."""
+    first = Parser([], prog=parser.prog, add_help=False)
+    path = first.parse_known_args(list(argv))[0].config
+    if path is None:
+        return []
+    words = []
+    for key, value in _read_yaml(Path(path)).items():
+        setting = [f"--{key}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
+        try:
+            unknown = parser.parse_known_args(setting)[1]
+        except UserError as error:
+            problems.append(f"{path}: {error.got}")
+            continue
+        if unknown:
+            problems.append(f"{path}: {_unknown(parser, unknown[0])}")
+        elif value is not None or parser.get_default(key) is not None:
+            words += setting
+    return words
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("--config", expected="a YAML file", got=str(error), remedy="Check the path.") from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise UserError("--config", expected=f"YAML in {path}", got=text, remedy="Mend the file there.") from error
+    if not isinstance(settings, dict):
+        raise UserError(
+            "--config",
+            expected=f"lines of the form `flag: value` in {path}",
+            got=f"a {type(settings).__name__}" if settings is not None else "an empty file",
+            remedy="Write for example `learning_rate: 2e-4`.",
+        )
+    return {str(key): value for key, value in settings.items()}
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _flags(parser: Parser) -> list[str]:
+    # TRL's parser knows every flag with hyphens too; the form with underscores is the one that YAML files use.
+    return [action.option_strings[0] for action in parser._actions]
+
+
+def _unknown(parser: Parser, flag: str) -> str:
+    name = flag.split("=")[0]
+    near = [flag.lstrip("-") for flag in difflib.get_close_matches(name, _flags(parser), n=2)]
+    return f"unknown setting {name.lstrip('-')!r}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
+
+
+def _as_one(problems: list[str], parser: Parser) -> UserError:
+    got = problems[0] if len(problems) == 1 else " ".join(f"({i}) {text};" for i, text in enumerate(problems, 1))[:-1]
+    return UserError(
+        "configuration", expected="valid settings", got=got, remedy=f"`{parser.prog} --help` lists them all."
+    )
+
+
+def resolved(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Settings that repeat a run when given to --config: all of this project's, and TRL's that are not the default.
+
+    The precision is left out unless it was asked for: on another GPU it may be another one.
+    """
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        if not isinstance(group, TrainingArguments):
+            settings |= vars(group)
+            continue
+        default = TrainingArguments(output_dir=group.output_dir, use_cpu=group.use_cpu).to_dict()
+        own = TrainingArguments.__annotations__
+        settings |= {
+            name: value
+            for name, value in group.to_dict().items()
+            if (name in own or value != default[name]) and not name.endswith("_token")
+        }
+    return {name: value for name, value in settings.items() if name != "resume" and value != []}
