@@ -108,7 +108,7 @@ class LoRALinear(nn.Module):
     def merge(self, dtype: torch.dtype | None = None) -> None:
         """Use one float weight, base + adapter, from now on.
 
-        The base layer is not touched: back in 4 bits the sum would lose most of what the adapter learnt.  So this
+        The base layer is not touched: back in 4 bits the sum would lose much of what the adapter learnt.  So this
         buys speed with memory (the base stays, packed, beside the float weight), and `unmerge` gives the exact base
         back.  `train()` unmerges, because a merged adapter cannot learn.  Merging again takes up a changed adapter.
 
