@@ -166,10 +166,23 @@ def _local_folder(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) 
 
 
 def _load_gguf(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
-    rest = {key: value for key, value in kwargs.items() if key != "device_map"}
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=GgufConfig(dequantize=True), device_map={"": "cpu"}, **rest
-    )
+    """The float model that a GGUF file holds, in host memory."""
+    arguments = {
+        **kwargs,
+        "dtype": dtype,
+        "device_map": {"": "cpu"},
+        "quantization_config": GgufConfig(dequantize=True),
+    }
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would warn and leave random weights
+        raise UserError(
+            "gguf_file",
+            expected=f"every weight of {type(model).__name__}",
+            got=f"{kwargs['gguf_file']!r} without {', '.join(sorted(report['missing_keys']))}",
+            remedy="The file is of another architecture than it says, or incomplete.",
+        )
+    return model
 
 
 def _stored_config(name: str, kwargs: dict[str, Any]) -> NF4Config | None:

@@ -17,19 +17,16 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
     """A two-block model; 48 features, so that a row is no whole number of quantization blocks of 64."""
     torch.manual_seed(3)
     if name == "bloom":
-        return BloomForCausalLM(
-            BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=4, **changes)
-        ).eval()
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
+        sizes = {"hidden_size": 48, "n_layer": 2, "n_head": 4}
+        return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **(sizes | changes))).eval()
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **(sizes | changes))).eval()
 
 
 def save_tiny(name: str, folder: Path, **changes) -> Path:

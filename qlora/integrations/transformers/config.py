@@ -29,7 +29,7 @@ _BITSANDBYTES_NAMES = {
 
 
 @register_quantization_config(METHOD)
-@dataclass(init=False, repr=False)
+@dataclass(init=False)
 class NF4Config(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a model; the counterpart of `BitsAndBytesConfig(load_in_4bit=True)`.
 

@@ -106,7 +106,7 @@ def quantized_weight(name: str, value: torch.Tensor, layer: Linear4bit) -> Param
         UserError: another shape; NaN or Inf in the weight.
     """
     if tuple(value.shape) != (layer.out_features, layer.in_features):
-        raise _wrong_shape(name, tuple(value.shape), layer)
+        raise wrong_shape(name, value.shape, (layer.out_features, layer.in_features))
     old = layer.weight
     assert isinstance(old, Params4bit)
     try:
@@ -153,7 +153,7 @@ def stored_weight(
     state = parameter.quant_state
     assert state is not None
     if tuple(state.shape or ()) != (layer.out_features, layer.in_features):
-        raise _wrong_shape(name, tuple(state.shape or ()), layer)
+        raise wrong_shape(name, state.shape or (), (layer.out_features, layer.in_features))
     state.dtype = dtype or state.dtype
     return parameter
 
@@ -167,11 +167,11 @@ def missing_weight(name: str) -> UserError:
     )
 
 
-def _wrong_shape(name: str, shape: tuple[int, ...], layer: Linear4bit) -> UserError:
+def wrong_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> UserError:
     return UserError(
         name,
-        expected=f"shape {(layer.out_features, layer.in_features)}",
-        got=shape,
+        expected=f"shape {tuple(wanted)}",
+        got=tuple(shape),
         remedy="The weights are of another model than config.json.",
     )
 

@@ -21,9 +21,9 @@ from qkernels.errors import UserError
 
 from ...dequantize import float_layer
 from ...embedding4bit import Embedding4bit
-from ...linear4bit import Linear4bit
+from ...linear4bit import Linear4bit, Params4bit
 from .config import METHOD, NF4Config, as_dtype
-from .conversion import Quantize, converters, missing_weight, without_ours
+from .conversion import Quantize, converters, missing_weight, without_ours, wrong_shape
 
 
 @register_quantizer(METHOD)
@@ -42,6 +42,7 @@ class NF4Quantizer(HfQuantizer):
         self.dtype: torch.dtype | None = None
         self.refused: dict[str, UserError] = {}
         self._not_converted: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}
 
     # Before loading.
 
@@ -75,6 +76,7 @@ class NF4Quantizer(HfQuantizer):
                 # transformers 5.17 casts a stored float tensor to the dtype of the parameter it is meant for.
                 layer.weight.data = layer.weight.data.to(layer.quant_storage)
             model.set_submodule(name, layer)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def find_layers(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
         """The float layers that the configuration means, by name.
@@ -143,6 +145,11 @@ class NF4Quantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Linear4bit) and not getattr(module.weight, "bnb_quantized", False):
                 self.refused.setdefault(f"{name}.weight", missing_weight(f"{name}.weight"))
+        for name, parameter in model.named_parameters():
+            # transformers 5.17 checks no shapes at all where there is a quantizer.
+            shape = self._shapes.get(name, parameter.shape)
+            if not isinstance(parameter, Params4bit) and parameter.shape != shape:
+                self.refused.setdefault(name, wrong_shape(name, parameter.shape, shape))
         if self.refused:
             name, error = next(iter(self.refused.items()))
             others = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
