@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from qkernels.errors import UserError
+from qlora.checkpoint import check_writable
 
 from . import data, report
 from .checkpoint import ModelSize, build_checkpoint
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build the checkpoint, run every stack, write the results.
 
     Returns:
-        0 when every stack was asked, whether it managed or not; 2 on wrong arguments.
+        0 when every stack was asked, whether it managed or not; 2 on wrong arguments, or where nothing can be written.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> Path:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
     texts = data.read_prompts(options.data)
+    check_writable(options.out)  # now, not after minutes of measuring
     common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
     stem = report.file_stem(options.out, size.name, str(common["gpu"] or "cpu"), str(common["date"]))
     rows: list[report.Row] = []
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def _jobs(options: argparse.Namespace, device: str, checkpoint: Path, work: Path) -> list[Job]:
-    precisions = options.precisions or (_precisions(device))
+    precisions = options.precisions or _precisions(device)
     return [
         Job(
             provider=provider,

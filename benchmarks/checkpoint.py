@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import BloomConfig, BloomForCausalLM
 
+from qlora.checkpoint import writing
+
 INDEX_NAME = "model.safetensors.index.json"
 LAYERS_PER_SHARD = 5
 
@@ -72,13 +74,17 @@ def build_checkpoint(folder: Path, size: ModelSize, *, device: str, seed: int = 
 
     Returns:
         Bytes of all shards.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
     """
     identity = {**asdict(size), "seed": seed, "device": device}
     marker = folder / "benchmark.json"
     if not (marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == identity):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, bloom_config(size), device, seed)
-        marker.write_text(json.dumps(identity), encoding="utf-8")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, bloom_config(size), device, seed)
+            marker.write_text(json.dumps(identity), encoding="utf-8")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

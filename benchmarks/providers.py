@@ -24,6 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from qlora import train as qlora_train
 from qlora.loading import load_pretrained_4bit, prepare_model_for_training
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,7 +36,7 @@ MAX_LENGTH = 512
 class Provider:
     """Attributes:
     is_yardstick: runs bitsandbytes, so others are held against it.
-    load: (checkpoint folder, dtype, device) -> the model in 4 bits on the device.
+    load: (checkpoint folder, dtype, "cpu" or "cuda:0") -> the model in 4 bits on the device.
     adapt: model -> the model with adapters.
     trainer: (model, tokenizer, dataset, common training arguments) -> a trainer ready for `train()`.
     """
@@ -113,6 +114,14 @@ def _plain_trainer(
     )
 
 
+def _qlora_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: dict[str, Any]
+) -> Trainer:
+    """The trainer and settings of `qlora train`; but a batch that does not fit fails instead of being halved."""
+    settings = qlora_train.TrainingArguments(**arguments, max_length=MAX_LENGTH, auto_find_batch_size=False)
+    return qlora_train.Trainer(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+
+
 def _sft_trainer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, arguments: dict[str, Any]
 ) -> Trainer:
@@ -126,6 +135,6 @@ def _sft_trainer(
 
 PROVIDERS = {
     "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
-    "qlora": Provider(False, _load_qlora, _adapt_qlora, _sft_trainer),
+    "qlora": Provider(False, _load_qlora, _adapt_qlora, _qlora_trainer),
     "trl+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt, _sft_trainer),
 }

@@ -76,7 +76,7 @@ def run(job: Job) -> None:
     provider = PROVIDERS[job.provider]
     dtype = DTYPES[job.precision]
     with _phase(job, "load") as record:
-        base = provider.load(job.checkpoint, dtype, job.device)
+        base = provider.load(job.checkpoint, dtype, "cuda:0" if job.device == "cuda" else job.device)
         record["gpu_model_gib"] = torch.cuda.memory_allocated() / 2**30 if job.device == "cuda" else None
 
     tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
