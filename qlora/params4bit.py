@@ -168,18 +168,23 @@ class Params4bit(nn.Parameter):
 
     def _quantize(self, device: torch.device | str | int, dtype: torch.dtype | None = None) -> Params4bit:
         """Quantize in place on `device`; `dtype` is what the weight will decode to, its own if None."""
+        data = self.data.to(device)
+        if dtype == torch.float64:
+            data = data.to(dtype)  # not a dtype of the format: refused below
         try:
             packed, quant_state = quantize_4bit(
-                self.data.to(device).contiguous(),
+                data.contiguous(),
                 blocksize=self.blocksize,
                 compress_statistics=self.compress_statistics,
                 quant_type=self.quant_type,
                 quant_storage=self.quant_storage,
             )
         except UserError as error:
-            if error.argument != "A":
+            argument, dot, part = error.argument.partition(".")
+            if argument != "A":
                 raise
-            raise UserError(self._name(), expected=error.expected, got=error.got, remedy=error.remedy) from error
+            name = f"{self._name()}{dot}{part}"
+            raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
         if dtype is not None:
             quant_state.dtype = dtype
         self.data = packed

@@ -247,6 +247,12 @@ def test_not_finite_weights_are_named_and_counted(bad):
         model.to("cpu")
 
 
+@pytest.mark.parametrize("move", [lambda m: m.double().to("cpu"), lambda m: m.to("cpu", torch.float64)])
+def test_double_precision_weights_are_refused_by_name(move):
+    with pytest.raises(UserError, match=r"^weight of LinearNF4\.dtype: expected torch.float32, .*, got torch.float64"):
+        move(LinearNF4(K, N))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
