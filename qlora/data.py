@@ -6,11 +6,13 @@ Room: data in, a `datasets.Dataset` with one column of strings out.  TRL tokeniz
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from qkernels.errors import UserError
@@ -61,6 +63,18 @@ def load_texts(data: DataArguments, column: str) -> tuple[Dataset, Dataset | Non
     return Dataset.from_dict({TEXT: texts[:end]}), Dataset.from_dict({TEXT: held_out}) if held_out else None
 
 
+@contextmanager
+def no_data_bars() -> Iterator[None]:
+    """Without the bars of `datasets`: it shows one for each of many steps that take less than a second."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
 def bundled_prompts() -> Path:
     """The file with the prompts that come with the package (columns act, prompt)."""
     return Path(str(resources.files("qlora") / "assets" / "prompts.csv"))
@@ -85,8 +99,11 @@ def _read_file(path: Path) -> Dataset:
     if not path.read_bytes().strip():
         return Dataset.from_dict({})
     try:
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split="train")
+        with no_data_bars():
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split="train")
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # a table that is only a head
+            return Dataset.from_dict({})
         cause = error.__cause__ or error
         raise UserError(
             "dataset_name",

@@ -58,7 +58,9 @@ def continue_prompts(
             )
     finally:
         model.train(was_training)
-    return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Decoded with the prompt and cut after it: many tokenizers drop the space before the first word they decode.
+    given, whole = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (batch["input_ids"], tokens))
+    return [text.removeprefix(start) for start, text in zip(given, whole, strict=True)]
 
 
 def load_base(model: ModelArguments, dtype: torch.dtype, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import __version__
 from .checkpoint import atomic_file
@@ -104,6 +105,7 @@ def save_loss_plot(result: RunResult, path: Path) -> None:
     steps, losses = result.eval_losses()
     if steps:
         axes.plot(steps, losses, "o-", color="#d62728", label="held-out texts")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(f"{Path(result.model).name}, LoRA on {result.dataset}")

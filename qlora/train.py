@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from peft import LoraConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -38,7 +37,7 @@ from .arguments import (
 from .callbacks import MetricsWriter, ProgressBar, peak_memory_gib
 from .checkpoint import atomic_file, atomic_folder, check_writable, writing
 from .config import Parser, parse, resolved
-from .data import TEXT, load_texts
+from .data import TEXT, load_texts, no_data_bars
 from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
 from .loading import prepare_model_for_training
 from .memory import GIB, meta_model, plan
@@ -86,7 +85,7 @@ def train(arguments: Arguments) -> RunResult:
     with _run_folder(folder):
         with atomic_file(folder / "config.yaml") as file:
             file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        with _no_data_bars():
+        with no_data_bars():
             trainer = Trainer(
                 model=model,
                 args=training,
@@ -180,18 +179,6 @@ def _save(trainer: Trainer, result: RunResult, folder: Path) -> None:
     save_loss_plot(result, folder / "loss.png")
     save_report(result, folder / "report.md")
     print(f"run folder: {folder} (adapter/, metrics.jsonl, loss.png, config.yaml, report.md)")
-
-
-@contextmanager
-def _no_data_bars() -> Iterator[None]:
-    """TRL maps the data five times; five bars for a step of less than a second say nothing."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def _lora_config(lora: LoraArguments) -> LoraConfig:

@@ -1,0 +1,81 @@
+"""The command itself: usage, exit codes, one line for an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from runs import refused
+
+from qkernels import UserError
+from qlora import cli
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_usage_lists_the_commands(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: qlora {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_refuses_an_unknown_flag(command, capsys):
+    assert "unknown setting 'nonsense'" in refused(capsys, command, "--nonsense", "1")
+
+
+def test_an_unknown_command(capsys):
+    message = refused(capsys, "trian")
+    assert "'trian'" in message
+    assert "train" in message
+
+
+def test_training_the_default_model_without_a_gpu_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = refused(capsys, "train")
+    assert "an NVIDIA GPU with 6.0 GiB" in message
+    assert "qlora demo" in message
+    assert "--model_name_or_path" in message
+
+
+def test_an_error_of_several_lines_becomes_one(capsys, monkeypatch):
+    def main(argv):
+        raise UserError("thing", expected="a", got="b\nc", remedy="Do d.")
+
+    monkeypatch.setattr("qlora.memory.main", main)
+    assert refused(capsys, "plan") == "qlora plan: thing: expected a, got b c. Do d."
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora.memory.main", main)
+    assert cli.main(["plan"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_defect_is_not_dressed_up_as_wrong_input(monkeypatch):
+    def main(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qlora.memory.main", main)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan"])
+
+
+def test_python_m_qlora_is_the_same():
+    done = subprocess.run([sys.executable, "-m", "qlora", "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("qlora: command:")
+    assert done.stdout == ""

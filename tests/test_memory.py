@@ -1,0 +1,92 @@
+"""The memory plan: figures of Bloom-7B1 that were measured or are published, and real models counted out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import save_tiny
+from runs import refused
+
+from qlora import load_pretrained_4bit
+from qlora.arguments import LoraArguments
+from qlora.cli import main
+from qlora.memory import GIB, meta_model, plan
+from qlora.report import model_sizes
+
+BLOOM = "bigscience/bloom-7b1"
+
+
+@pytest.fixture(scope="module")
+def bloom():
+    return meta_model(BLOOM)
+
+
+def planned(model, batch_size: int, length: int, lora: LoraArguments | None = None):
+    return plan(model, lora or LoraArguments(), batch_size=batch_size, length=length, dtype=torch.bfloat16)
+
+
+def test_bloom_has_its_published_sizes(bloom):
+    found = planned(bloom, 1, 512)
+    assert found.parameters == 7_069_016_064
+    assert found.trainable == 7_864_320
+    assert found.quantized / GIB == pytest.approx(2.902, abs=0.001)
+    assert (found.quantized + found.kept) / GIB == pytest.approx(4.83, rel=0.01)
+
+
+# Peaks of TRL's trainer with the real bitsandbytes on an H100, without the CUDA context.
+@pytest.mark.parametrize(("batch_size", "length", "measured"), [(1, 128, 5.1), (4, 512, 7.1), (8, 512, 9.3)])
+def test_bloom_is_near_the_measured_peaks(bloom, batch_size, length, measured):
+    found = planned(bloom, batch_size, length)
+    assert (found.total - found.context) / GIB == pytest.approx(measured, rel=0.04)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_weights_are_those_of_the_loaded_model(name, double, tmp_path):
+    folder = save_tiny(name, tmp_path, hidden_size=128)
+    found = plan(
+        meta_model(str(folder)),
+        LoraArguments(lora_target_modules=["all-linear"]),
+        batch_size=1,
+        length=8,
+        dtype=torch.float32,
+        double_quantization=double,
+    )
+    sizes = model_sizes(load_pretrained_4bit(folder, compress_statistics=double, device="cpu"))
+    # Less than a block of 256 scales a layer is rounded up.
+    assert found.quantized == pytest.approx(sizes["quantized"], abs=16 * 4)
+    assert found.kept == sizes["kept"]
+
+
+def test_the_trainable_parameters_are_those_of_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    folder = save_tiny("llama", tmp_path)
+    found = planned(meta_model(str(folder)), 1, 8, LoraArguments(lora_r=3, lora_target_modules=["all-linear"]))
+    model = get_peft_model(load_pretrained_4bit(folder, device="cpu"), LoraConfig(r=3, target_modules="all-linear"))
+    assert found.trainable == model.get_nb_trainable_parameters()[0]
+
+
+def test_more_of_anything_takes_more(bloom):
+    totals = [planned(bloom, *size).total for size in ((1, 128), (1, 512), (2, 512), (2, 1024))]
+    assert totals == sorted(totals)
+    assert planned(bloom, 1, 128, LoraArguments(lora_r=64)).total > totals[0]
+
+
+def test_the_command_compares_batch_sizes_with_the_gpu(capsys):
+    assert main(["plan", "--gpu", "t4", "--batch_size", "4", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "float16 with loss scaling" in out
+    assert "0.1111% of all" in out
+    assert [line.split()[3:] for line in out.splitlines() if line.startswith("in 14.56 GiB")] == [
+        ["fits", "too", "big"]
+    ]
+    assert "It assumes" in out
+
+
+def test_wrong_input(capsys):
+    assert "a100-40" in refused(capsys, "plan", "--gpu", "k80")
+    assert "-3" in refused(capsys, "plan", "--gpu=-3")
+    assert "query_key_value" in refused(capsys, "plan", "--lora_target_modules", "q_proj")
+    assert "batch_size" in refused(capsys, "plan", "--batch_size", "0")
+    assert "nobody/nothing" in refused(capsys, "plan", "--model_name_or_path", "nobody/nothing")
