@@ -121,10 +121,10 @@ class QuantState:
             UserError: a key is missing or unknown, or there is not exactly one packed entry.
         """
         state = _unpack(qs_dict)
-        nested = "nested_absmax" in state
+        nested = any(key.startswith("nested_") for key in state)
         required = {"absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape"}
         if nested:
-            required |= {"nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"}
+            required |= {"nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset"}
         if missing := sorted(required - state.keys()):
             raise UserError(
                 "qs_dict",

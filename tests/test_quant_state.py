@@ -76,10 +76,11 @@ def test_packed_entry_by_attribute():
         _ = state.bitsandbytes__fp4
 
 
-def test_missing_key():
+@pytest.mark.parametrize("key", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
+def test_missing_key(key):
     packed = make_state().as_dict(packed=True)
-    del packed["nested_quant_map"]
-    with pytest.raises(UserError, match="no nested_quant_map"):
+    del packed[key]
+    with pytest.raises(UserError, match=f"no {key}"):
         QuantState.from_dict(packed, "cpu")
 
 

@@ -1,0 +1,214 @@
+"""Compile every kernel for a GPU that is not present, and report what came out.
+
+    python -m qkernels.aot --arch sm_75
+
+One row a kernel variant: registers a thread, spilled bytes, shared memory, tensor-core instructions, bf16 arithmetic.
+The exit code is 1 when a variant spills, takes more than 64 KiB of shared memory (a T4's limit), computes in bf16 (a T4
+has no such arithmetic), or has a `tl.dot` without tensor-core instructions (Triton compiles it to FMA for sm_75).
+
+Room: a tool over `kernels/` and `tuning/`; it needs Triton, whose package carries `ptxas`, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from .format import BLOCKSIZES, NESTED_BLOCKSIZE
+from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
+from .kernels.dequantize import _dequantize_4bit_kernel
+from .kernels.quantize import _quantize_4bit_kernel
+from .tuning import elementwise_config
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+SHARED_LIMIT_BYTES = 64 * 1024
+_DTYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialization of a kernel.
+
+    Attributes:
+        name: kernel and what distinguishes the variant.
+        kernel: the jit function.
+        signature: Triton type of each run-time argument; an argument left out is None.
+        constants: the compile-time arguments.
+        num_warps: warps a program.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas and the PTX say of a compiled variant; sizes in bytes, the others are counts."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core: int
+    bf16_arithmetic: int
+    has_dot: bool
+
+    def faults(self) -> list[str]:
+        """Why a T4 should not run it; empty when it may."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT_BYTES:
+            found.append(f"takes {self.shared_bytes} bytes of shared memory")
+        if self.bf16_arithmetic:
+            found.append(f"{self.bf16_arithmetic} bf16 arithmetic instructions")
+        if self.has_dot and not self.tensor_core:
+            found.append("tl.dot became FMA")
+        return found
+
+
+def variants() -> Iterator[Variant]:
+    """Every specialization that the operators can launch, at lengths divisible by 16 and at others."""
+    for blocksize in BLOCKSIZES:
+        config = elementwise_config(blocksize)
+        tile = {"QUANT_BLOCK": blocksize, "ROWS": config.rows}
+        for dtype in _DTYPES:
+            for length in ("i32:16", "i32"):
+                tag = f"{dtype} blocksize={blocksize} n%16{'==' if length == 'i32:16' else '!='}0"
+                sizes = {"n": length, "n_bytes": length}
+                for nf4 in (True, False):
+                    yield Variant(
+                        f"quantize_4bit {'nf4' if nf4 else 'fp4'} {tag}",
+                        _quantize_4bit_kernel,
+                        {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", **sizes},
+                        {"NF4": nf4, **tile, "USE_ASM": True},
+                        config.num_warps,
+                    )
+                for nested in (False, True):
+                    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+                    yield Variant(
+                        f"dequantize_4bit {'nested ' if nested else ''}{tag}",
+                        _dequantize_4bit_kernel,
+                        {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+                        | sizes
+                        | (scales if nested else {}),
+                        {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile}
+                        | ({} if nested else dict.fromkeys(scales)),
+                        config.num_warps,
+                    )
+                yield Variant(
+                    f"quantize_blockwise {tag}",
+                    _quantize_blockwise_kernel,
+                    {"x_ptr": f"*{dtype}", "code_ptr": "*fp32", "out_ptr": "*u8", "absmax_ptr": "*fp32", "n": length},
+                    {**tile, "USE_ASM": True},
+                    config.num_warps,
+                )
+                yield Variant(
+                    f"dequantize_blockwise {tag}",
+                    _dequantize_blockwise_kernel,
+                    {"x_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": length},
+                    tile,
+                    config.num_warps,
+                )
+
+
+def compile_variant(variant: Variant, arch: str) -> Any:
+    """Compile without a GPU.
+
+    Args:
+        arch: "sm_75", "sm_80", ...
+
+    Returns:
+        Triton's compiled kernel; `.asm["ptx"]` is its PTX, `.metadata.shared` its shared memory in bytes.
+    """
+    names = variant.kernel.arg_names
+    types = {name: variant.signature.get(name, "constexpr").split(":")[0] for name in names}
+    # Allocations are aligned to 16 bytes at least, and Triton specializes on that and on divisible sizes at a launch.
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in variant.signature.items()
+        if kind.startswith("*") or kind.endswith(":16")
+    }
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs=aligned,
+    )
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+
+
+def inspect(variant: Variant, arch: str) -> Resources:
+    """Compile and count."""
+    compiled = compile_variant(variant, arch)
+    ptx = compiled.asm["ptx"]
+    usage = _ptxas(ptx, arch)
+    return Resources(
+        registers=int(_first(r"Used (\d+) registers", usage)),
+        spilled_bytes=int(_first(r"(\d+) bytes spill stores", usage)) + int(_first(r"(\d+) bytes spill loads", usage)),
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=len(re.findall(r"\b(?:mma|wgmma)\.", ptx)),
+        bf16_arithmetic=len(re.findall(r"\b(?:add|sub|mul|fma|min|max|neg|abs)\.[a-z.]*bf16", ptx)),
+        has_dot="tt.dot" in compiled.asm["ttir"],
+    )
+
+
+def _ptxas(ptx: str, arch: str) -> str:
+    ptxas = get_ptxas(int(arch.removeprefix("sm_"))).path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        # Hopper's PTX names the accelerated target, sm_90a, which must be compiled as such.
+        target = _first(r"\.target (\w+)", ptx)
+        command = [ptxas, "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern!r} not in {text!r}"
+    return found.group(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 0 when no variant has a fault, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m qkernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_75")
+    parser.add_argument("--kernel", default="", help="only variants whose name contains this")
+    options = parser.parse_args(arguments)
+    chosen = [variant for variant in variants() if options.kernel in variant.name]
+    if not chosen:
+        parser.error(f"no variant's name contains {options.kernel!r}")
+    width = max(len(variant.name) for variant in chosen)
+    print(f"{'variant':{width}}  registers  spilled  shared  tensor  bf16")
+    faulty = 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for variant, result in zip(chosen, pool.map(lambda v: inspect(v, options.arch), chosen), strict=True):
+            faults = result.faults()
+            faulty += bool(faults)
+            print(
+                f"{variant.name:{width}}  {result.registers:9}  {result.spilled_bytes:7}  {result.shared_bytes:6}  "
+                f"{result.tensor_core:6}  {result.bf16_arithmetic:4}  {'; '.join(faults)}".rstrip()
+            )
+    print(f"{len(chosen)} variants for {options.arch}, Triton {triton.__version__}: {faulty} with a fault")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
