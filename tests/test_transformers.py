@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +237,9 @@ def test_quantize_model_equals_from_pretrained(checkpoint, tmp_path):
     model = quantize_model(load(checkpoint), NF4Config(blocksize=32))
     assert_same_state(model.state_dict(), loaded.state_dict())
     assert torch.equal(model(tokens()).logits, loaded(tokens()).logits)
+    for marked in (model, loaded):
+        assert (marked.is_quantized, marked.quantization_method) == (True, "qkernels_nf4")
+        assert marked.hf_quantizer.quantization_config is marked.config.quantization_config
     model.save_pretrained(tmp_path / "saved")
     assert_same_state(load(tmp_path / "saved").state_dict(), loaded.state_dict())
 
@@ -252,6 +257,13 @@ def test_dequantized_model_is_an_ordinary_one(checkpoint, tmp_path):
         assert torch.equal(again.get_submodule(name).weight, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, "float32"], ids=str)
+def test_transformers_own_dequantize_takes_a_dtype(llama, dtype):
+    model = load(llama, NF4Config(), dtype=torch.float16)
+    model.dequantize(dtype)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
 def test_dequantize_in_another_dtype_embedding_and_hooks(llama):
     class Hook(ModelHook):
         pass
@@ -261,6 +273,7 @@ def test_dequantize_in_another_dtype_embedding_and_hooks(llama):
     model.model.embed_tokens = embedding
     add_hook_to_module(model.model.layers[0].mlp.up_proj, hook := Hook())
     dequantize_model(model, torch.float32)
+    assert not hasattr(model, "hf_quantizer")
     assert model.model.layers[0].mlp.up_proj._hf_hook is hook
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     assert torch.equal(model.model.embed_tokens.weight, embedding.dequantize(torch.float32))
@@ -437,3 +450,41 @@ def test_offloading_is_refused(llama, device_map):
 def test_dtype_other_than_the_three(llama):
     with pytest.raises(UserError, match=r"dtype: expected one of float32, float16, bfloat16, got torch.float64"):
         load(llama, NF4Config(), dtype=torch.float64)
+
+
+# --- beside bitsandbytes, and the page about it
+
+BITSANDBYTES = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+
+
+def test_the_same_files_serve_bitsandbytes(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    saved = tmp_path / "saved"
+    # Whole blocks a row: bitsandbytes 0.50's CPU path decodes other weights wrongly.
+    folder = save_tiny("llama", tmp_path / "float", hidden_size=64, intermediate_size=128)
+    load(folder, NF4Config()).save_pretrained(saved)
+    ours = {name: layer.dequantize() for name, layer in layers_of(load(saved)).items()}
+    fields = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(fields | {"quantization_config": BITSANDBYTES}))
+    theirs = {name: m for name, m in load(saved).named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert theirs.keys() == ours.keys()
+    for name, layer in theirs.items():
+        weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(weight, ours[name])
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    """Every Python block of docs/transformers.md, in order, with a tiny Bloom in the place of Bloom-7B1."""
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    save_tiny("bloom", tmp_path / "bloom")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block.replace('"bigscience/bloom-7b1"', '"./bloom"'), {})
+    assert not layers_of(load(tmp_path / "merged"))
