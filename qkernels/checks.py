@@ -168,7 +168,7 @@ def check_quant_state(quant_state: QuantState | None, packed_name: str, packed: 
 def check_matmul(A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None) -> None:
     """A[..., K] times the transpose of the weight [N, K] that B and quant_state hold, plus bias[N]."""
     check_floating("A", A)
-    check_quant_state(quant_state, "B", B.view(-1) if isinstance(B, torch.Tensor) else B)
+    check_quant_state(quant_state, "B", B)
     check_same_device("A", A, "B", B)
     assert quant_state.shape is not None
     shape = tuple(quant_state.shape)

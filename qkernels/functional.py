@@ -294,12 +294,18 @@ def matmul_4bit(
     Raises:
         UserError (a ValueError): the shapes, dtypes or devices do not fit each other.
     """
-    checks.check_matmul(A, B, quant_state, bias)
-    scales, nested = _scales(quant_state)
+    checks.check_tensor("B", B)
+    packed = B.data.view(-1)
+    checks.check_matmul(A, packed, quant_state, bias)
+    kind = A.device.type
+    # Asked first, since autocast knows nothing of the meta device and would raise.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        A = A.to(torch.get_autocast_dtype(kind))
     if bias is not None:
         bias = bias.to(A.dtype)
+    scales, nested = _scales(quant_state)
     result = torch.ops.qkernels.gemm_4bit.default(
-        A, B.view(-1), quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, bias, *nested
+        A, packed, quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, bias, *nested
     )
     if out is None:
         return result

@@ -26,7 +26,6 @@ from .reference import (
     quantize_blockwise_reference,
 )
 
-# No defaults: torch drops trailing arguments that equal theirs, and the gradient then finds fewer than it returns.
 _NESTED = "Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset"
 _WEIGHT = "Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
 _DEQUANTIZE = f"Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, {_NESTED}"
@@ -144,10 +143,10 @@ def _(*args: object, out: Tensor) -> None:
     out.copy_(torch.ops.qkernels.dequantize_blockwise.default(*args))
 
 
-# ---- Products, both devices: dequantize to the activations' dtype, then the platform's matrix product ----
+# The product is dequantization to the activations' dtype and the platform's matrix product.
 
 
-@torch.library.impl("qkernels::gemm_4bit", ("CPU", "CUDA"))
+@torch.library.impl("qkernels::gemm_4bit", "CPU")
 def _(
     A: Tensor,
     B: Tensor,
@@ -162,7 +161,7 @@ def _(
     return F.linear(A, W, bias)
 
 
-@torch.library.impl("qkernels::gemm_4bit_dx", ("CPU", "CUDA"))
+@torch.library.impl("qkernels::gemm_4bit_dx", "CPU")
 def _(
     grad: Tensor,
     B: Tensor,
@@ -175,33 +174,6 @@ def _(
     W = torch.ops.qkernels.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
     return grad @ W
 
-
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    """Under autocast, cast the activations and the bias of a product, and only them: scales and tables stay float32."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
-
-    def gemm_4bit(
-        A: Tensor,
-        B: Tensor,
-        shapeB: Sequence[int],
-        absmax: Tensor,
-        blocksize: int,
-        quant_type: str,
-        bias: Tensor | None,
-        *nested: Tensor | None,
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        bias = None if bias is None else bias.to(dtype)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.qkernels.gemm_4bit.default(
-                A.to(dtype), B, shapeB, absmax, blocksize, quant_type, bias, *nested
-            )
-
-    torch.library.impl("qkernels::gemm_4bit", dispatch_key)(gemm_4bit)
-
-
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
 
 # Triton exists on Linux only; elsewhere the CPU operators above are all there is.
 if importlib.util.find_spec("triton") is not None:

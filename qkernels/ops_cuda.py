@@ -7,8 +7,10 @@ launch first makes the tensor's device the current one; the caller's stream is k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
@@ -17,9 +19,16 @@ from .kernels.quantize import quantize_4bit_triton
 from .tuning import elementwise_config
 
 
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device the current one; free of cost where it is already."""
+    if tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
 @torch.library.impl("qkernels::quantize_4bit", "CUDA")
 def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device(A.device):
+    with _on_device_of(A):
         return quantize_4bit_triton(A, blocksize, quant_type, quant_storage, elementwise_config(blocksize))
 
 
@@ -31,51 +40,77 @@ def _(
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
+    *nested: Tensor | None,
     out: Tensor,
 ) -> None:
-    config = elementwise_config(blocksize)
-    with torch.cuda.device(A.device):
-        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, absmax_8bit, absmax_code, absmax_offset, config)
+    with _on_device_of(A):
+        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, elementwise_config(blocksize), *nested)
 
 
-@torch.library.impl("qkernels::dequantize_4bit", "CUDA")
-def _(
+def dequantize_4bit(
     A: Tensor,
     absmax: Tensor,
     blocksize: int,
     quant_type: str,
     shape: Sequence[int],
     dtype: torch.dtype,
-    absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None,
-    absmax_offset: Tensor | None,
+    *nested: Tensor | None,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=A.device)
-    config = elementwise_config(blocksize)
-    with torch.cuda.device(A.device):
-        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, absmax_8bit, absmax_code, absmax_offset, config)
+    with _on_device_of(A):
+        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, elementwise_config(blocksize), *nested)
     return out
+
+
+torch.library.impl("qkernels::dequantize_4bit", "CUDA", dequantize_4bit)
 
 
 @torch.library.impl("qkernels::quantize_blockwise", "CUDA")
 def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device(A.device):
+    with _on_device_of(A):
         return quantize_blockwise_triton(A, code, blocksize, elementwise_config(blocksize))
 
 
 @torch.library.impl("qkernels::dequantize_blockwise.out", "CUDA")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, *, out: Tensor) -> None:
-    with torch.cuda.device(A.device):
+    with _on_device_of(A):
         dequantize_blockwise_triton(A, absmax, code, blocksize, out, elementwise_config(blocksize))
 
 
 @torch.library.impl("qkernels::dequantize_blockwise", "CUDA")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(A.shape, dtype=dtype, device=A.device)
-    with torch.cuda.device(A.device):
+    with _on_device_of(A):
         dequantize_blockwise_triton(A, absmax, code, blocksize, out, elementwise_config(blocksize))
     return out
+
+
+# The products dequantize to the activations' dtype and hand over to cuBLAS.  They call the function above and not its
+# operator: a second trip through the dispatcher costs more than the launch.
+
+
+@torch.library.impl("qkernels::gemm_4bit", "CUDA")
+def _(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    *nested: Tensor | None,
+) -> Tensor:
+    return F.linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+
+
+@torch.library.impl("qkernels::gemm_4bit_dx", "CUDA")
+def _(
+    grad: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    *nested: Tensor | None,
+) -> Tensor:
+    return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)

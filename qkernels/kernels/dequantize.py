@@ -67,10 +67,10 @@ def dequantize_4bit_triton(
     blocksize: int,
     quant_type: str,
     out: torch.Tensor,
-    absmax_8bit: torch.Tensor | None,
-    absmax_code: torch.Tensor | None,
-    absmax_offset: torch.Tensor | None,
     config: LaunchConfig,
+    absmax_8bit: torch.Tensor | None = None,
+    absmax_code: torch.Tensor | None = None,
+    absmax_offset: torch.Tensor | None = None,
 ) -> None:
     """Launch the kernel into `out`, contiguous.
 

@@ -87,8 +87,8 @@ def test_dequantize_4bit(blocksize, quant_type, dtype):
                 blocksize,
                 quant_type,
                 out,
-                *(nested or (None, None, None)),
                 elementwise_config(blocksize),
+                *(nested or ()),
             )
             assert_bits_equal(out, dequantize_4bit_reference(packed, scales, blocksize, quant_type, (n,), dtype))
 
