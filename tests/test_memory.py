@@ -30,6 +30,7 @@ def test_bloom_has_its_published_sizes(bloom):
     assert found.parameters == 7_069_016_064
     assert found.trainable == 7_864_320
     assert found.quantized / GIB == pytest.approx(2.902, abs=0.001)
+    assert found.adapter == found.optimizer == 8 * found.trainable
     assert (found.quantized + found.kept) / GIB == pytest.approx(4.83, rel=0.01)
 
 
