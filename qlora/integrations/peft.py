@@ -69,16 +69,13 @@ class LoraLinear4bit(Linear):
         Raises:
             ValueError: the sum is not finite and `safe_merge` is set; nothing is merged then.
         """
-        if not self._packed and not isinstance(self.base_layer, Linear4bit):  # dequantize_model was here before
-            super().merge(safe_merge, adapter_names)
-            return
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
                 self._merge_one(name, safe_merge)
 
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         base = self.base_layer
-        is_packed = isinstance(base, Linear4bit)
+        is_packed = isinstance(base, Linear4bit)  # not if an adapter is merged, or dequantize_model was here
         merged: Any = float_layer(base) if is_packed else base
         weight = base.dequantize(torch.float32) if is_packed else base.weight.data.float()
         if name in self.lora_variant:

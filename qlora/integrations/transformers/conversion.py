@@ -1,8 +1,8 @@
 """What happens to one weight on its way from the checkpoint into a `Linear4bit`.
 
 Room: transformers' conversion operations.  transformers collects whatever an operation raises and reports all of it
-in one RuntimeError about its own internals.  A `UserError` is therefore kept in `refused`, and the quantizer raises it
-when loading is over.
+in one RuntimeError about its own internals.  A `UserError` is therefore kept in `refused`, by the name of the weight,
+and the quantizer raises it when loading is over.
 """
 
 from __future__ import annotations
@@ -109,10 +109,7 @@ def quantized_weight(name: str, value: torch.Tensor, layer: Linear4bit) -> Param
         raise wrong_shape(name, value.shape, (layer.out_features, layer.in_features))
     old = layer.weight
     assert isinstance(old, Params4bit)
-    try:
-        return Params4bit(value, requires_grad=False, **vars(old)).to(value.device)
-    except UserError as error:
-        raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
+    return Params4bit(value, requires_grad=False, **vars(old)).to(value.device)
 
 
 def stored_weight(
@@ -146,10 +143,7 @@ def stored_weight(
         assert isinstance(weight, torch.Tensor)
         return data.to(weight.dtype) if data.is_floating_point() else data
     scales = {key: tensor for key, tensor in tensors.items() if key != "weight"}
-    try:
-        parameter = Params4bit.from_prequantized(data, scales, device=data.device, module=layer)
-    except UserError as error:
-        raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
+    parameter = Params4bit.from_prequantized(data, scales, device=data.device, module=layer)
     state = parameter.quant_state
     assert state is not None
     if tuple(state.shape or ()) != (layer.out_features, layer.in_features):
