@@ -44,12 +44,12 @@ def rows_of(job: Job, outcome: Outcome, common: Row) -> list[Row]:
 _PER_PHASE = ("seconds", "host_peak_gib", "gpu_peak_allocated_gib", "gpu_peak_reserved_gib")
 
 
-def file_stem(folder: Path, model: str, device: str, date: str) -> Path:
+def file_stem(folder: Path, model: str, device: str, date: str, suffix: str = ".jsonl") -> Path:
     """`folder/MODEL-DEVICE-DATE`, with a number added where results of that name exist: none is overwritten."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     stem = folder / f"{model}-{slug}-{date[:10]}"
     number = 1
-    while (candidate := stem if number == 1 else Path(f"{stem}-{number}")).with_suffix(".jsonl").exists():
+    while (candidate := stem if number == 1 else Path(f"{stem}-{number}")).with_suffix(suffix).exists():
         number += 1
     return candidate
 

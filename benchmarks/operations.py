@@ -1,0 +1,103 @@
+"""The measured operations: their inputs, the bytes they must move, their providers, and the gate before the clock.
+
+A new operation is one class here; a new rival is one method of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+
+import qkernels
+
+from .timing import Call
+
+# (rows, columns) of the weights of one block, and Llama's output layer.
+SHAPES = {
+    "bloom-7b1": ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)),
+    "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096)),
+}
+FORMAT = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
+
+
+class GateError(AssertionError):
+    """A provider computes something else than bitsandbytes; timing it would be meaningless."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    bytes: the least that must be read and written once.
+    providers: name -> a function that makes the call for one input; inputs are told apart by their number.
+    """
+
+    bytes: int
+    providers: dict[str, Callable[[torch.Tensor], Call]]
+
+
+def _stored_bytes(n: int) -> float:
+    """Codes, 8-bit scales and the scales of the scales of `n` weights."""
+    return n * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+
+
+def quantize(weight: torch.Tensor) -> Measured:
+    """4-bit codes and doubly quantized scales of a weight."""
+    ours, our_state = qkernels.quantize_4bit(weight, **FORMAT)
+    theirs, their_state = bnb.quantize_4bit(weight, **FORMAT)
+    _must_be_equal("packed codes", ours, theirs)
+    if weight.is_cuda:  # bitsandbytes' CPU path searches the 8-bit map in another way than its kernels
+        _must_be_equal("scale codes", our_state.absmax, their_state.absmax)
+    _must_be_equal("scales of the scales", our_state.state2.absmax, their_state.state2.absmax)
+    return Measured(
+        bytes=int(weight.nbytes + _stored_bytes(weight.numel())),
+        providers={
+            # Without the check for NaN and Inf, which bitsandbytes does not make.
+            "qkernels": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT, check_finite=False),
+            "qkernels, checking for NaN and Inf": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT),
+            "bitsandbytes": lambda w: lambda: bnb.quantize_4bit(w, **FORMAT),
+        },
+    )
+
+
+def dequantize(weight: torch.Tensor) -> Measured:
+    """The weight's dtype again, from codes and doubly quantized scales."""
+    packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+    bnb_state = bnb.QuantState.from_dict(state.as_dict(), weight.device)
+    ours = torch.full_like(weight, torch.nan)
+    qkernels.dequantize_4bit(packed, state, out=ours)
+    _must_be_equal("decoded weights", ours, bnb.dequantize_4bit(packed, bnb_state))
+
+    # Both allocate their result, since bitsandbytes' CPU path, which the trial uses, takes no `out`.
+    def qkernels_call(w: torch.Tensor) -> Call:
+        packed, state = qkernels.quantize_4bit(w, **FORMAT)
+        return lambda: qkernels.dequantize_4bit(packed, state)
+
+    def bitsandbytes_call(w: torch.Tensor) -> Call:
+        packed, state = bnb.quantize_4bit(w, **FORMAT)
+        return lambda: bnb.dequantize_4bit(packed, state)
+
+    return Measured(
+        bytes=int(weight.nbytes + _stored_bytes(weight.numel())),
+        providers={"qkernels": qkernels_call, "bitsandbytes": bitsandbytes_call},
+    )
+
+
+def copy(weight: torch.Tensor) -> Measured:
+    """Read and write the weight: the bandwidth that the other operations are held against."""
+
+    def call(w: torch.Tensor) -> Call:
+        out = torch.empty_like(w)
+        return lambda: out.copy_(w)
+
+    return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor], Measured]] = {"quantize": quantize, "dequantize": dequantize}
+
+
+def _must_be_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    if not torch.equal(ours, theirs):
+        raise GateError(f"{int((ours != theirs).sum())} of {ours.numel()} {what} differ from bitsandbytes'")

@@ -1,0 +1,131 @@
+"""Time the kernels beside bitsandbytes, in one process on the same inputs.
+
+    python -m benchmarks.run --op dequantize --op quantize --out benchmarks/results
+    python -m benchmarks.run --op dequantize --smoke --out /tmp/trial        # small, also on a CPU
+
+`docs/benchmarks.md` says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.checkpoint import atomic_file
+
+from .environment import environment
+from .operations import OPERATIONS, SHAPES, Measured, copy
+from .report import file_stem
+from .timing import Call, Timing, flushed, graph, wall
+
+Row = dict[str, Any]
+# Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
+ROTATION = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write a CSV; 0, or 2 on wrong arguments."""
+    options = _parser().parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.smoke:
+        print("error: there is no GPU here; --smoke tries the script at a small size.", file=sys.stderr)
+        return 2
+    common = environment(device, commit=options.commit)
+    names = "-".join(options.op)
+    path = file_stem(options.out, names, str(common["gpu"] or "cpu"), str(common["date"]), ".csv").with_suffix(".csv")
+    rows: list[Row] = []
+    for row in _rows(options, device):
+        rows.append({**row, **common})
+        print(_line(row), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {path}")
+    return 0
+
+
+def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
+    shapes = {"trial": ((64, 128),)} if options.smoke else SHAPES
+    for model, model_shapes in shapes.items():
+        for shape in model_shapes:
+            for name in options.dtype:
+                weights = [
+                    0.02 * torch.randn(shape, device=device, dtype=getattr(torch, name)) for _ in range(ROTATION)
+                ]
+                base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": name}
+                bandwidth: dict[str, float] = {}
+                for row in _measure("copy", copy(weights[0]), weights):
+                    bandwidth[row["method"]] = row["gbps"]
+                    yield {**base, **row, "percent_of_copy": 100.0}
+                for op in options.op:
+                    for row in _measure(op, OPERATIONS[op](weights[0]), weights):
+                        share = 100 * row["gbps"] / bandwidth[row["method"]] if row["status"] == "ok" else None
+                        yield {**base, **row, "percent_of_copy": share}
+
+
+def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterator[Row]:
+    for provider, make in measured.providers.items():
+        calls = [make(weight) for weight in weights]
+        for method in ("flushed", "graph") if weights[0].is_cuda else ("wall",):
+            row: Row = {"op": op, "provider": provider, "method": method}
+            reason = _not_capturable(provider, op) if method == "graph" else None
+            if reason is not None:
+                blank = dict.fromkeys((*Timing.__dataclass_fields__, "gbps"))
+                yield {**row, "status": "not run", "reason": reason, **blank, "bytes": measured.bytes}
+                continue
+            timing = _time(method, calls)
+            gbps = measured.bytes / timing.median_us / 1e3
+            yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, "bytes": measured.bytes}
+
+
+def _time(method: str, calls: list[Call]) -> Timing:
+    if method == "graph":
+        return graph(calls)
+    return flushed(calls[0]) if method == "flushed" else wall(calls[0])
+
+
+def _not_capturable(provider: str, op: str) -> str | None:
+    """Why a provider cannot be in a CUDA graph; None when it can."""
+    if op != "quantize":
+        return None
+    if provider == "bitsandbytes":
+        return "its quantizer launches on the legacy default stream, which a graph cannot capture"
+    if "checking" in provider:
+        return "the check waits for the device"
+    return None
+
+
+def _line(row: Row) -> str:
+    shape = f"{row['rows']}x{row['columns']} {row['dtype']}"
+    result = row["reason"]
+    if row["status"] == "ok":
+        result = (
+            f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
+            f"{row['percent_of_copy']:4.0f}% of copy"
+        )
+    return f"{row['op']:10} {shape:20} {row['method']:8} {row['provider']:35} {result}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", action="append", choices=OPERATIONS, required=True, help="repeat it for several")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the CSV")
+    parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
+    parser.add_argument("--smoke", action="store_true", help="one small shape: a trial of the script")
+    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Two ways to time an operation on a GPU, and one on a CPU; each gives percentiles of repeated runs.
+
+* `flushed`: the L2 cache is emptied before every call, and events stand around the call; it carries a few microseconds
+  of launch time.
+* `graph`: calls over enough different inputs to overflow the L2 cache, captured in one CUDA graph; no launch gaps.
+* `wall`: a CPU's clock around the call, for trials.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, and the 20th and 80th percentiles."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+def flushed(call: Call) -> Timing:
+    """Time one call at a time, each with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    p20, median, p80 = do_bench(call, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+    return Timing(1e3 * median, 1e3 * p20, 1e3 * p80)
+
+
+def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
+    """Time a rotation of calls in one CUDA graph; microseconds a call.
+
+    Raises:
+        RuntimeError: a call cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+    captured.replay()
+    begins = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    for begin, end in zip(begins, ends, strict=True):
+        begin.record()
+        captured.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return _percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
+
+
+def wall(call: Call, repeats: int = 5) -> Timing:
+    """Time on a CPU; for trials of the script."""
+    call()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - begin))
+    return _percentiles(times)
+
+
+def _percentiles(times_us: list[float]) -> Timing:
+    fifths = statistics.quantiles(times_us, n=5, method="inclusive")
+    return Timing(statistics.median(times_us), fifths[0], fifths[3])

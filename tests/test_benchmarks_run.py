@@ -1,0 +1,48 @@
+"""`python -m benchmarks.run` at its trial size, and its gate."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
+
+import qkernels
+from benchmarks import operations, run
+
+
+def test_a_trial_leaves_a_row_for_each_provider(tmp_path, capsys):
+    assert run.main(["--op", "dequantize", "--op", "quantize", "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("dequantize-quantize-*.csv")
+    rows = list(csv.DictReader(path.open(encoding="utf-8")))
+    cases = {(row["op"], row["provider"]) for row in rows}
+    assert {("copy", "torch"), ("dequantize", "bitsandbytes"), ("quantize", "qkernels")} <= cases
+    assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
+    # Bytes of 64x128 float16 weights: themselves, half a byte each of codes, and the scales.
+    expected = int(8192 * (2 + 1 / 2 + 1 / 64 + 4 / 16384))
+    assert {int(row["bytes"]) for row in rows if row["op"] == "quantize"} == {expected}
+    for row in rows:
+        if row["status"] == "ok":
+            assert float(row["gbps"]) == pytest.approx(int(row["bytes"]) / float(row["median_us"]) / 1e3)
+    assert "written:" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = qkernels.dequantize_4bit
+
+    def wrong(packed, state, out=None):
+        result = right(packed, state, out=out)
+        result.view(-1)[17] += 1
+        return result
+
+    monkeypatch.setattr(qkernels, "dequantize_4bit", wrong)
+    with pytest.raises(operations.GateError, match="1 of 8192 decoded weights differ"):
+        operations.dequantize(torch.randn(64, 128))
+
+
+def test_without_a_gpu_only_a_trial_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--op", "quantize", "--out", str(tmp_path)]) == 2
+    assert "--smoke" in capsys.readouterr().err
