@@ -95,7 +95,13 @@ def variants() -> Iterator[Variant]:
                     yield Variant(
                         f"quantize_4bit {'nf4' if nf4 else 'fp4'} {tag}",
                         _quantize_4bit_kernel,
-                        {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", **sizes},
+                        {
+                            "x_ptr": f"*{dtype}",
+                            "packed_ptr": "*u8",
+                            "absmax_ptr": "*fp32",
+                            "table_ptr": "*i64",
+                            **sizes,
+                        },
                         {"NF4": nf4, **tile, "USE_ASM": True},
                         config.num_warps,
                     )

@@ -2,55 +2,69 @@
 
 A program takes ROWS quantization blocks, so that the maximum of a block never leaves it.
 Bytes moved: itemsize + 1/2 + 4/blocksize an element.
+
+The decision is a table look-up and one comparison, and exact: [-1, 1] is cut into 33 buckets of 1/16, narrower than the
+least distance of two thresholds, so that a bucket holds one at most.  The table gives that threshold, and how many lie
+below the bucket.  A tree of comparisons takes twice the instructions, and these are what limits the kernel.
 """
 
 from __future__ import annotations
+
+import struct
 
 import torch
 import triton
 import triton.language as tl
 
-from ..format import FP4_THRESHOLDS, NF4_THRESHOLDS, ZERO_INDEX, block_count, packed_length
+from ..format import FP4_THRESHOLDS, NF4_THRESHOLDS, block_count, packed_length
 from ..tuning import LaunchConfig
 from ._tile import flush_subnormal, reciprocal
 
-_NF4 = tl.constexpr(NF4_THRESHOLDS)
-_FP4 = tl.constexpr(FP4_THRESHOLDS)
-_NF4_ZERO = tl.constexpr(ZERO_INDEX["nf4"])
-_FP4_ZERO = tl.constexpr(ZERO_INDEX["fp4"])
+_BUCKETS = tl.constexpr(16.0)  # in a unit interval
+# Adding it rounds to the nearest integer, which then stands in the low bits of the mantissa: 1.5 * 2^23, and 16 more to
+# make the number of the bucket of -1 zero.
+_ROUND = tl.constexpr(12582912.0 + 16.0)
+_TABLE_SIZE = 64  # the low six bits; NaN has them all set, or none, and both ends of the table say index 0
+_TABLES: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+
+def bucket_table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """int64[64] on `device`: a bucket's threshold (float32 bits, infinity if none) above, the rank below it beneath."""
+    table = _TABLES.get((quant_type, device))
+    if table is None:
+        thresholds = torch.tensor(
+            NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS, dtype=torch.float32
+        ).tolist()
+        buckets = [round(16 * threshold) + 16 for threshold in thresholds]
+        assert len(set(buckets)) == len(buckets)
+        entries = []
+        for bucket in range(_TABLE_SIZE):
+            inside = thresholds[buckets.index(bucket)] if bucket in buckets else torch.inf
+            below = sum(other < bucket for other in buckets) if bucket <= 32 else 0
+            entries.append(struct.unpack("<i", struct.pack("<f", inside))[0] << 32 | below)
+        table = torch.tensor(entries, dtype=torch.int64, device=device)
+        _TABLES[quant_type, device] = table
+    return table
 
 
 @triton.jit
-def nf4_index(x):
-    """How many of the fifteen thresholds lie strictly below x, by bisection: four comparisons, NaN gives 0."""
-    b3 = x > _NF4[7]
-    b2 = x > tl.where(b3, _NF4[11], _NF4[3])
-    b1 = x > tl.where(b3, tl.where(b2, _NF4[13], _NF4[9]), tl.where(b2, _NF4[5], _NF4[1]))
-    low = tl.where(b2, tl.where(b1, _NF4[6], _NF4[4]), tl.where(b1, _NF4[2], _NF4[0]))
-    high = tl.where(b2, tl.where(b1, _NF4[14], _NF4[12]), tl.where(b1, _NF4[10], _NF4[8]))
-    b0 = x > tl.where(b3, high, low)
-    return b3.to(tl.int32) * 8 + b2.to(tl.int32) * 4 + b1.to(tl.int32) * 2 + b0.to(tl.int32)
+def rank(x, table_ptr):
+    """How many thresholds lie strictly below x, for |x| <= 1; NaN gives 0."""
+    bucket = tl.fma(x, _BUCKETS, _ROUND).to(tl.int32, bitcast=True) & 63
+    entry = tl.load(table_ptr + bucket)
+    threshold = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return entry.to(tl.int32) + (x > threshold).to(tl.int32)
 
 
 @triton.jit
-def fp4_index(x):
-    """Bit pattern of the nearest FP4 value: rank of the magnitude by bisection, then the pattern of that rank."""
-    magnitude = tl.abs(x)
-    b2 = magnitude > _FP4[3]
-    b1 = magnitude > tl.where(b2, _FP4[5], _FP4[1])
-    b0 = magnitude > tl.where(b2, tl.where(b1, _FP4[6], _FP4[4]), tl.where(b1, _FP4[2], _FP4[0]))
-    rank = b2.to(tl.int32) * 4 + b1.to(tl.int32) * 2 + b0.to(tl.int32)
-    # Ranks 0..7 are patterns 0 1 6 7 4 5 2 3: where bit 1 is set, bit 2 is flipped.
-    return (rank ^ ((rank & 2) * 2)) + (x < 0.0).to(tl.int32) * 8
-
-
-@triton.jit
-def encode(x, inverse, is_zero, NF4: tl.constexpr):
-    scaled = x * inverse
+def encode(scaled, table_ptr, NF4: tl.constexpr):
+    """The 4-bit index of a scaled element."""
     if NF4:
-        index = tl.where(is_zero, _NF4_ZERO, nf4_index(scaled))
+        index = rank(scaled, table_ptr)
     else:
-        index = tl.where(is_zero, _FP4_ZERO, fp4_index(scaled))
+        magnitude_rank = rank(tl.abs(scaled), table_ptr)
+        # Ranks 0..7 are patterns 0 1 6 7 4 5 2 3: where bit 1 is set, bit 2 is flipped.
+        index = (magnitude_rank ^ ((magnitude_rank & 2) * 2)) + (scaled < 0.0).to(tl.int32) * 8
     return index
 
 
@@ -59,6 +73,7 @@ def _quantize_4bit_kernel(
     x_ptr,
     packed_ptr,
     absmax_ptr,
+    table_ptr,
     n,
     n_bytes,
     NF4: tl.constexpr,
@@ -79,9 +94,9 @@ def _quantize_4bit_kernel(
     x = tl.load(x_ptr + first_block * QUANT_BLOCK + offs_x, mask=offs_x < remaining, other=0.0).to(tl.float32)
     # maximum() without NaN propagation: NaN elements are skipped here and encode to index 0 below.
     absmax = flush_subnormal(tl.max(tl.abs(x), axis=1))
-    inverse = reciprocal(absmax, USE_ASM)[:, None]
-    is_zero = (absmax == 0.0)[:, None]
-    even, odd = tl.split(encode(x, inverse, is_zero, NF4).reshape(ROWS, HALF, 2))
+    # An all-zero block is multiplied by zero, not by infinity, which would make NaN of it and so index 0, -1 in NF4.
+    inverse = tl.where(absmax == 0.0, 0.0, reciprocal(absmax, USE_ASM))[:, None]
+    even, odd = tl.split(encode(x * inverse, table_ptr, NF4).reshape(ROWS, HALF, 2))
     offs_byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
     packed = ((even << 4) | odd).to(tl.uint8)
     tl.store(packed_ptr + first_block * HALF + offs_byte, packed, mask=offs_byte < remaining_bytes)
@@ -107,6 +122,7 @@ def quantize_4bit_triton(
         A,
         packed_bytes,
         absmax,
+        bucket_table(quant_type, A.device),
         n,
         packed_length(n),
         NF4=quant_type == "nf4",
