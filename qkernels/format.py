@@ -88,6 +88,11 @@ def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     return _shared_table(quant_type, device)
 
 
+def byte_table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """What each packed byte decodes to: float32[256, 2], (even element, odd element); shared like `code_table`."""
+    return _shared_table(f"{quant_type} bytes", device)
+
+
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """The signed 8-bit dynamic map, float32[256], on `device`, shared: callers must not write to it."""
     return _shared_table("dynamic", device)
@@ -203,3 +208,6 @@ _TABLES: dict[tuple[str, torch.device], torch.Tensor] = {
     ("fp4", torch.device("cpu")): torch.tensor(FP4_CODE, dtype=torch.float32, device="cpu"),
     ("dynamic", torch.device("cpu")): create_dynamic_map(),
 }
+for _name in QUANT_TYPES:
+    _code = _TABLES[_name, torch.device("cpu")]
+    _TABLES[f"{_name} bytes", torch.device("cpu")] = torch.cartesian_prod(_code, _code)

@@ -9,9 +9,15 @@ import torch
 
 from qkernels import BLOCKSIZES, QUANT_STORAGES, dequantize_4bit, get_4bit_type, quantize_4bit, quantize_blockwise
 from qkernels.format import create_dynamic_map
-from qkernels.reference import dequantize_4bit_reference, quantize_4bit_reference, unpack_nibbles
+from qkernels.reference import dequantize_4bit_reference, quantize_4bit_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def unpack_nibbles(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The first `n` 4-bit indices: the high nibble of each byte, then the low one."""
+    nibbles = [nibble for byte in packed.view(-1).tolist() for nibble in (byte >> 4, byte & 15)]
+    return torch.tensor(nibbles[:n])
 
 
 def nearest_by_definition(values: torch.Tensor, blocksize: int, table: torch.Tensor) -> torch.Tensor:
