@@ -124,8 +124,8 @@ def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: b
                 got="True",
                 remedy=f"{type(model).__name__} cannot recompute activations.",
             )
+        # Also makes the embedding's output require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     return model
 
 
@@ -251,6 +251,8 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "torch.load(weights_only=True) refuses it"  # torch's own text advises to run the code
     return str(error).strip().partition("\n")[0]
 
 
