@@ -148,6 +148,6 @@ def resolved(arguments: Sequence[Any]) -> dict[str, Any]:
         settings |= {
             name: value
             for name, value in group.to_dict().items()
-            if (name in own or value != default[name]) and not name.endswith("_token")
+            if name in own or value != default[name]  # tokens are masked in both
         }
     return {name: value for name, value in settings.items() if name != "resume" and value != []}

@@ -82,7 +82,9 @@ def test_resume_continues_to_the_same_losses(run, model, tmp_path, capsys):
     shutil.copytree(run, folder)
     shutil.rmtree(folder / "checkpoint-8")
     shutil.rmtree(folder / "adapter")
+    written = (folder / "checkpoint-4" / "optimizer.pt").stat().st_mtime_ns
     assert main([*train_flags(model, folder), "--resume"]) == 0
+    assert (folder / "checkpoint-4" / "optimizer.pt").stat().st_mtime_ns == written  # not begun anew
     assert losses(folder) == losses(run)
     ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, run))
     assert ours.keys() == theirs.keys()
@@ -118,6 +120,17 @@ def test_generate_and_compare_show_base_and_tuned(run, model, capsys):
     rows = [line.split(" | ") for line in out.splitlines() if " | " in line][2:]
     assert " ".join(row[0].strip() for row in rows).split() == base.split()
     assert " ".join(row[1].strip() for row in rows).split() == tuned.split()
+
+
+def test_prompts_of_different_lengths_do_not_change_each_other(run, capsys):
+    flags = ["generate", "--adapter_path", str(run), "--max_new_tokens", "6", "--use_cpu", "--prompt"]
+    given = ["I want", "I want you to act as a coach for people who"]
+    alone = ""
+    for prompt in given:
+        assert main([*flags, prompt]) == 0
+        alone += capsys.readouterr().out
+    assert main([*flags, *given]) == 0
+    assert capsys.readouterr().out == alone
 
 
 def test_sampling_follows_the_seed(run, capsys):
