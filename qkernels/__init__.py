@@ -8,11 +8,13 @@ y = F.matmul_4bit(x, packed, state)
 from .errors import UserError
 from .format import (
     BLOCKSIZES,
+    FLOAT_DTYPES,
     QUANT_STORAGES,
     QUANT_TYPES,
     create_dynamic_map,
     create_normal_map,
     get_4bit_type,
+    packed_length,
 )
 from .functional import (
     dequantize_4bit,
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BLOCKSIZES",
+    "FLOAT_DTYPES",
     "QUANT_STORAGES",
     "QUANT_TYPES",
     "QuantState",
@@ -45,6 +48,7 @@ __all__ = [
     "gemv_4bit",
     "get_4bit_type",
     "matmul_4bit",
+    "packed_length",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",

@@ -297,10 +297,7 @@ def matmul_4bit(
     checks.check_tensor("B", B)
     packed = B.data.view(-1)
     checks.check_matmul(A, packed, quant_state, bias)
-    kind = A.device.type
-    # Asked first, since autocast knows nothing of the meta device and would raise.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        A = A.to(torch.get_autocast_dtype(kind))
+    A = A.to(autocast_dtype(A) or A.dtype)
     if bias is not None:
         bias = bias.to(A.dtype)
     scales, nested = _scales(quant_state)
@@ -331,6 +328,15 @@ def gemv_4bit(
         state: W's QuantState.
     """
     return matmul_4bit(A, B, state, out)  # type: ignore[arg-type]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants products with `x` in; None outside autocast."""
+    kind = x.device.type
+    # Asked first, since autocast knows nothing of the meta device and would raise.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
