@@ -6,7 +6,7 @@ Room: data in, a `datasets.Dataset` with one column of strings out.  TRL tokeniz
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,13 @@ from .arguments import BUNDLED, DataArguments
 # TRL reads a column named "prompt" as the first half of a prompt-completion pair, so the text gets a name of its own.
 TEXT = "text"
 
-_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}
+# Not `load_dataset`, which reports every call to a server, that of a local file too.
+_READERS: dict[str, Callable[[str], Dataset]] = {
+    ".csv": Dataset.from_csv,
+    ".jsonl": Dataset.from_json,
+    ".json": Dataset.from_json,
+    ".txt": Dataset.from_text,
+}
 
 
 def load_texts(data: DataArguments, column: str) -> tuple[Dataset, Dataset | None]:
@@ -83,7 +89,7 @@ def bundled_prompts() -> Path:
 def _read(data: DataArguments) -> Dataset:
     name = data.dataset_name
     path = bundled_prompts() if name == BUNDLED else Path(name)
-    if path.suffix in _BUILDERS or path.is_file():
+    if path.suffix in _READERS or path.is_file():
         return _read_file(path)
     if path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         got = "a folder" if path.is_dir() else "no such file"
@@ -94,13 +100,13 @@ def _read(data: DataArguments) -> Dataset:
 def _read_file(path: Path) -> Dataset:
     if not path.is_file():
         raise _not_found(str(path), "no such file")
-    if path.suffix not in _BUILDERS:
+    if path.suffix not in _READERS:
         raise _not_found(str(path), f"a file that ends in {path.suffix!r}")
     if not path.read_bytes().strip():
         return Dataset.from_dict({})
     try:
         with no_data_bars():
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split="train")
+            return _READERS[path.suffix](str(path.resolve()))
     except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
         if "corresponds to no data" in str(error):  # a table that is only a head
             return Dataset.from_dict({})
