@@ -6,16 +6,9 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 
-DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
-BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"]
-DEV = [
-    *BENCH,
-    "ruff>=0.14",
-    "mypy>=1.18",
-    "pytest-xdist>=3.6",
-    "types-PyYAML",
-    "bitsandbytes==0.50.2; sys_platform == 'linux'",
-]
+DEMO = ["gguf>=0.17"]
+BENCH = ["bitsandbytes==0.50.2; sys_platform == 'linux'", "pytest>=8", "pytest-benchmark>=5"]
+DEV = [*BENCH, "ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML"]
 
 setup(
     name="qkernels-qlora",

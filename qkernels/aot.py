@@ -36,6 +36,7 @@ from .tuning import elementwise_config
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SHARED_LIMIT_BYTES = 64 * 1024
 _DTYPES = ("fp32", "fp16", "bf16")
+_LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,18 @@ class Resources:
 
 
 def variants() -> Iterator[Variant]:
-    """Every specialization that the operators can launch, at lengths divisible by 16 and at others."""
+    """Every specialization that the operators can launch, but for the length 1, which Triton folds into the code.
+
+    Lengths divisible by 16 and others are told apart, and at one block size lengths of 2^31 and more.
+    """
     for blocksize in BLOCKSIZES:
         config = elementwise_config(blocksize)
         tile = {"QUANT_BLOCK": blocksize, "ROWS": config.rows}
         for dtype in _DTYPES:
-            for length in ("i32:16", "i32"):
-                tag = f"{dtype} blocksize={blocksize} n%16{'==' if length == 'i32:16' else '!='}0"
+            for length, words in _LENGTHS.items():
+                if length == "i64:16" and blocksize != 64:
+                    continue
+                tag = f"{dtype} blocksize={blocksize} {words}"
                 sizes = {"n": length, "n_bytes": length}
                 for nf4 in (True, False):
                     yield Variant(

@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 
 from .errors import UserError
-from .format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, block_count, packed_length
+from .format import BLOCKSIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_STORAGES, QUANT_TYPES, block_count, packed_length
 from .quant_state import QuantState
 
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise UserError(name, expected="a torch.Tensor", got=type(value).__name__, remedy="Pass a tensor.")
+    if value.layout != torch.strided:
+        raise UserError(name, expected="a dense tensor", got=value.layout, remedy="Convert it with .to_dense().")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -53,7 +55,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_blocksize(blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
         raise UserError(
             "blocksize", expected=f"one of {', '.join(map(str, BLOCKSIZES))}", got=repr(blocksize), remedy="Use 64."
         )
@@ -94,25 +96,28 @@ def check_out(name: str, out: torch.Tensor, shape: torch.Size, dtype: torch.dtyp
         )
 
 
-def check_code(code: torch.Tensor) -> None:
-    check_tensor("code", code)
-    if code.shape != (256,) or code.dtype != torch.float32:
+def check_code(name: str, code: object) -> None:
+    """An 8-bit map, as the kernels read it: float32[256], contiguous.  That it ascends is not looked at."""
+    check_tensor(name, code)
+    assert isinstance(code, torch.Tensor)
+    if code.shape != (256,) or code.dtype != torch.float32 or not code.is_contiguous():
         raise UserError(
-            "code",
-            expected="float32 of shape (256,), ascending",
-            got=f"{code.dtype} of shape {tuple(code.shape)}",
+            name,
+            expected="contiguous float32 of shape (256,)",
+            got=f"{code.dtype} of shape {tuple(code.shape)}, strides {code.stride()}",
             remedy="Use create_dynamic_map().",
         )
 
 
-def check_absmax(absmax: torch.Tensor, n: int, blocksize: int, dtype: torch.dtype) -> None:
-    check_tensor("absmax", absmax)
+def check_absmax(name: str, absmax: torch.Tensor, n: int, blocksize: int, dtype: torch.dtype) -> None:
+    """One scale a block, as the kernels read them: one-dimensional and contiguous."""
+    check_tensor(name, absmax)
     blocks = block_count(n, blocksize)
-    if absmax.numel() != blocks or absmax.dtype != dtype:
+    if absmax.shape != (blocks,) or absmax.dtype != dtype or not absmax.is_contiguous():
         raise UserError(
-            "absmax",
-            expected=f"{blocks} scales ({n} elements in blocks of {blocksize}) of {dtype}",
-            got=f"{absmax.numel()} of {absmax.dtype}",
+            name,
+            expected=f"{blocks} contiguous scales ({n} elements in blocks of {blocksize}) of {dtype}",
+            got=f"shape {tuple(absmax.shape)}, strides {absmax.stride()}, {absmax.dtype}",
             remedy="Pass the absmax and blocksize that the tensor was quantized with.",
         )
 
@@ -131,15 +136,20 @@ def check_packed(name: str, packed: torch.Tensor, n: int) -> None:
         )
 
 
-def check_quant_state(quant_state: QuantState | None, packed_name: str, packed: torch.Tensor) -> None:
-    """A 4-bit state that fits `packed`: complete, consistent, and on the same device."""
+def check_is_state(quant_state: object) -> None:
     if not isinstance(quant_state, QuantState):
         raise UserError(
             "quant_state",
             expected="a qkernels.QuantState",
-            got=type(quant_state).__name__,
+            got=f"{type(quant_state).__module__}.{type(quant_state).__qualname__}",
             remedy="Pass the state that quantize_4bit returned beside the packed tensor.",
         )
+
+
+def check_quant_state(quant_state: QuantState | None, packed_name: str, packed: torch.Tensor) -> None:
+    """A 4-bit state that fits `packed`: complete, consistent, and on the same device."""
+    check_is_state(quant_state)
+    assert quant_state is not None
     check_blocksize(quant_state.blocksize)  # type: ignore[arg-type]
     check_quant_type(quant_state.quant_type)  # type: ignore[arg-type]
     if quant_state.dtype not in FLOAT_DTYPES or quant_state.shape is None:
@@ -153,16 +163,29 @@ def check_quant_state(quant_state: QuantState | None, packed_name: str, packed: 
     n = torch.Size(quant_state.shape).numel()
     check_packed(packed_name, packed, n)
     check_same_device(packed_name, packed, "quant_state.absmax", quant_state.absmax)
-    check_absmax(quant_state.absmax, n, quant_state.blocksize, torch.uint8 if quant_state.nested else torch.float32)
+    dtype = torch.uint8 if quant_state.nested else torch.float32
+    check_absmax("quant_state.absmax", quant_state.absmax, n, quant_state.blocksize, dtype)
     if quant_state.state2 is not None:
-        if quant_state.state2.blocksize != 256 or quant_state.offset is None:
-            raise UserError(
-                "quant_state.state2",
-                expected="an offset, and blocks of 256",
-                got=f"offset {quant_state.offset}, blocks of {quant_state.state2.blocksize}",
-                remedy="Quantize with compress_statistics=True.",
-            )
-        check_absmax(quant_state.state2.absmax, quant_state.absmax.numel(), 256, torch.float32)
+        _check_nested(quant_state, quant_state.state2)
+
+
+def _check_nested(quant_state: QuantState, state2: QuantState) -> None:
+    """The parts of double quantization: complete, consistent, and on the device of the rest."""
+    scales, offset = quant_state.absmax, quant_state.offset
+    is_scalar = isinstance(offset, torch.Tensor) and offset.dim() == 0 and offset.dtype == torch.float32
+    if state2.blocksize != NESTED_BLOCKSIZE or not is_scalar:
+        raise UserError(
+            "quant_state.state2",
+            expected=f"a float32 scalar tensor as offset, and blocks of {NESTED_BLOCKSIZE}",
+            got=f"offset {offset!r}, blocks of {state2.blocksize}",
+            remedy="Quantize with compress_statistics=True.",
+        )
+    assert offset is not None
+    check_absmax("quant_state.state2.absmax", state2.absmax, scales.numel(), NESTED_BLOCKSIZE, torch.float32)
+    check_code("quant_state.state2.code", state2.code)
+    assert state2.code is not None
+    for name, tensor in (("state2.absmax", state2.absmax), ("state2.code", state2.code), ("offset", offset)):
+        check_same_device(f"quant_state.{name}", tensor, "quant_state.absmax", scales)
 
 
 def check_matmul(A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None) -> None:

@@ -20,7 +20,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, argument: str, *, expected: str, got: object, remedy: str) -> None:
-        super().__init__(f"{argument}: expected {expected}, got {got}. {remedy}")
+        # A cause quoted from elsewhere often ends in a full stop of its own.
+        super().__init__(f"{argument}: expected {expected}, got {str(got).rstrip('.')}. {remedy}")
         self.argument = argument
         self.expected = expected
         self.got = got

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import torch
 
+from .errors import UserError
+
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -148,10 +150,10 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         float32[16], in index order (for FP4 the order of the bit patterns).
 
     Raises:
-        ValueError: another typename.
+        UserError (a ValueError): another typename.
     """
     if typename not in _CODES:
-        raise ValueError(f"typename: expected one of {', '.join(_CODES)}, got {typename!r}.")
+        raise UserError("typename", expected=f"one of {', '.join(_CODES)}", got=repr(typename), remedy="Use 'nf4'.")
     return torch.tensor(_CODES[typename], dtype=torch.float32, device=device)
 
 
@@ -167,6 +169,8 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     """
     from scipy.stats import norm
 
+    if not 0.5 < offset < 1:
+        raise UserError("offset", expected="a probability between 0.5 and 1", got=offset, remedy="Use 0.9677083.")
     positive = norm.ppf(torch.linspace(offset, 0.5, 9 if use_extra_value else 8)[:-1])
     negative = -norm.ppf(torch.linspace(offset, 0.5, 8)[:-1])
     zeros = [0.0] * (256 - len(positive) - len(negative))
@@ -180,11 +184,18 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     Args:
         signed: half the values are negative.
         max_exponent_bits: decades covered, 10^-(max_exponent_bits - 1) to 1.
-        total_bits: 2^total_bits values.
+        total_bits: 2^total_bits values, at most 8 bits.
 
     Returns:
         float32[256] ascending, zeros added when total_bits < 8; index 127 is 0.0 and 255 is 1.0 for the signed default.
     """
+    if not 1 <= max_exponent_bits < total_bits <= 8:
+        raise UserError(
+            "max_exponent_bits, total_bits",
+            expected="1 <= max_exponent_bits < total_bits <= 8",
+            got=f"{max_exponent_bits}, {total_bits}",
+            remedy="Use 7, 8.",
+        )
     values = [0.0, 1.0]
     fraction_bits = total_bits - 1 - max_exponent_bits
 

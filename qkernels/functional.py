@@ -202,7 +202,7 @@ def quantize_blockwise(
     checks.check_blocksize(blocksize)
     if code is None:
         code = dynamic_map(A.device)
-    checks.check_code(code)
+    checks.check_code("code", code)
     checks.check_same_device("code", code, "A", A)
     index, scales = torch.ops.qkernels.quantize_blockwise.default(A.contiguous(), code, blocksize)
     offset, state2 = None, None
@@ -257,14 +257,16 @@ def dequantize_blockwise(
             )
         code = dynamic_map(A.device) if code is None else code
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    checks.check_is_state(quant_state)
     blocksize, code, dtype = quant_state.blocksize, quant_state.code, quant_state.dtype  # type: ignore[assignment]
     checks.check_blocksize(blocksize)
-    checks.check_code(code)  # type: ignore[arg-type]
     scales = quant_state.absmax
     if quant_state.state2 is not None and quant_state.offset is not None:
         scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
     checks.check_same_device("A", A, "quant_state.absmax", scales)
-    checks.check_absmax(scales, A.numel(), blocksize, torch.float32)
+    checks.check_absmax("quant_state.absmax", scales, A.numel(), blocksize, torch.float32)
+    checks.check_code("code", code)
+    checks.check_same_device("code", code, "A", A)  # type: ignore[arg-type]
     arguments = (A.contiguous(), scales, code, blocksize, dtype)
     if out is None:
         return torch.ops.qkernels.dequantize_blockwise.default(*arguments)
@@ -347,4 +349,4 @@ def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tenso
 
 
 def _must_not_wait(A: Tensor) -> bool:
-    return torch.compiler.is_compiling() or (A.is_cuda and torch.cuda.is_current_stream_capturing())
+    return A.is_meta or torch.compiler.is_compiling() or (A.is_cuda and torch.cuda.is_current_stream_capturing())

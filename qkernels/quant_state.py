@@ -188,7 +188,7 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
 
 
 def _dtype_from_name(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise UserError("dtype", expected="a torch dtype's name", got=repr(name), remedy="The checkpoint is damaged.")
     return dtype
@@ -207,7 +207,7 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
             remedy="Pass the entries of one tensor, as `QuantState.as_dict(packed=True)` returns them.",
         )
     if packed:
-        state |= json.loads(bytes(state.pop(packed[0]).cpu().tolist()).decode("utf-8"))
+        state |= _decode_json(state.pop(packed[0]))
     if unknown := sorted(state.keys() - {*_TENSOR_KEYS, *_PLAIN_KEYS}):
         raise UserError(
             "qs_dict",
@@ -216,3 +216,28 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
             remedy="Pass the entries of one quantized tensor only.",
         )
     return state
+
+
+def _decode_json(packed: torch.Tensor) -> dict[str, Any]:
+    """The packed entry's object.
+
+    Raises:
+        UserError: the bytes are not UTF-8, not JSON, or not an object.
+    """
+    text = bytes(packed.cpu().tolist())
+    try:
+        plain = json.loads(text)  # bytes: it decodes UTF-8 itself
+    except ValueError as error:
+        raise _damaged(str(error)) from error
+    if not isinstance(plain, dict):
+        raise _damaged(type(plain).__name__)
+    return plain
+
+
+def _damaged(got: str) -> UserError:
+    return UserError(
+        "quant_state",
+        expected="the UTF-8 bytes of a JSON object",
+        got=got,
+        remedy="The checkpoint is damaged; save or download it again.",
+    )

@@ -40,7 +40,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     from benchmarks.environment import environment
 
     outcomes = {
-        outcome: dict(sorted(Counter(report.nodeid.split("[")[0] for report in reporter.stats.get(outcome, [])).items()))
+        outcome: Counter(report.nodeid.split("[")[0] for report in reporter.stats.get(outcome, []))
         for outcome in ("passed", "failed", "error", "skipped")
     }
     record = {
@@ -49,7 +49,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "tests": outcomes,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qkernels import create_dynamic_map, create_normal_map, get_4bit_type
+from qkernels import UserError, create_dynamic_map, create_normal_map, get_4bit_type
 from qkernels.format import (
     FP4_CODE,
     FP4_PATTERNS,
@@ -63,6 +63,13 @@ def test_zero_index_decodes_to_zero(quant_type):
 def test_unknown_4bit_type():
     with pytest.raises(ValueError, match="expected one of nf4, fp4, got 'int5'"):
         get_4bit_type("int5")
+
+
+def test_maps_out_of_range():
+    with pytest.raises(UserError, match=r"offset: expected a probability between 0\.5 and 1, got 1\.5"):
+        create_normal_map(offset=1.5)
+    with pytest.raises(UserError, match="1 <= max_exponent_bits < total_bits <= 8, got 7, 12"):
+        create_dynamic_map(total_bits=12)
 
 
 def test_signed_dynamic_map():

@@ -167,6 +167,8 @@ def test_transposed_weights_are_quantized_in_their_own_order():
         ({"A": torch.ones(4, dtype=torch.int32)}, "A.dtype: expected torch.float32, .* got torch.int32"),
         ({"A": torch.empty(0, 4)}, r"A: expected at least one element, got shape \(0, 4\)"),
         ({"A": [1.0]}, "A: expected a torch.Tensor, got list"),
+        ({"A": torch.eye(3).to_sparse()}, "A: expected a dense tensor, got torch.sparse_coo"),
+        ({"blocksize": 64.0}, r"blocksize: expected one of 32, .*, got 64\.0"),
         ({"blocksize": 48}, "blocksize: expected one of 32, 64, .*, got 48"),
         ({"quant_type": "int4"}, "quant_type: expected one of nf4, fp4, got 'int4'"),
         ({"quant_storage": torch.int8}, "quant_storage: expected torch.uint8, .* got torch.int8"),
@@ -187,7 +189,7 @@ def test_matmul_says_what_is_wrong():
         ((torch.randn(3, 24), packed, state), {}, r"last dimension of K = 40, for a weight of shape \(24, 40\)"),
         ((x.int(), packed, state), {}, "A.dtype: expected torch.float32"),
         ((x, packed[:-1], state), {}, "B: expected 480 contiguous elements of torch.uint8"),
-        ((x, packed, None), {}, "quant_state: expected a qkernels.QuantState, got NoneType"),
+        ((x, packed, None), {}, "quant_state: expected a qkernels.QuantState, got builtins.NoneType"),
         ((x.to("meta"), packed, state), {}, "A: expected the device of B, cpu, got meta"),
         ((x, packed, state), {"bias": torch.ones(23)}, r"bias: expected shape \(24,\), got \(23,\)"),
         ((x, packed, state), {"out": torch.empty(3, 23)}, r"out: expected a contiguous tensor of shape \(3, 24\)"),
@@ -204,12 +206,57 @@ def test_dequantize_says_what_is_wrong():
     with pytest.raises(UserError, match="out: expected a contiguous tensor"):
         dequantize_4bit(packed, state, out=torch.empty(24, 40).t())
     state.absmax = state.absmax[:-1]
-    with pytest.raises(UserError, match=r"absmax: expected 15 scales \(960 elements in blocks of 64\)"):
+    with pytest.raises(UserError, match=r"absmax: expected 15 contiguous scales \(960 elements in blocks of 64\)"):
         dequantize_4bit(packed, state)
     with pytest.raises(UserError, match=r"A\.dtype: expected torch\.uint8"):
         dequantize_blockwise(torch.ones(4))
-    with pytest.raises(UserError, match=r"code: expected float32 of shape \(256,\)"):
+    with pytest.raises(UserError, match=r"code: expected contiguous float32 of shape \(256,\)"):
         quantize_blockwise(torch.ones(4), code=torch.ones(16))
+
+
+@pytest.mark.parametrize("part", ["state2.absmax", "state2.code", "offset"])
+def test_every_part_of_a_state_must_be_on_one_device(part):
+    packed, state = packed_weight(compress_statistics=True)
+    owner = state.state2 if part.startswith("state2") else state
+    name = part.removeprefix("state2.")
+    setattr(owner, name, getattr(owner, name).to("meta"))
+    with pytest.raises(
+        UserError, match=rf"quant_state.{part}: expected the device of quant_state.absmax, cpu, got meta"
+    ):
+        dequantize_4bit(packed, state)
+
+
+def test_scales_must_lie_as_the_kernels_read_them():
+    packed, state = packed_weight()
+    state.absmax = state.absmax.repeat_interleave(2)[::2]
+    with pytest.raises(UserError, match=r"absmax: expected 15 contiguous scales .* got shape \(15,\), strides \(2,\)"):
+        dequantize_4bit(packed, state)
+    state.absmax = state.absmax.contiguous().view(15, 1)
+    with pytest.raises(UserError, match=r"got shape \(15, 1\)"):
+        dequantize_4bit(packed, state)
+
+
+def test_a_damaged_nested_state_is_refused():
+    packed, state = packed_weight(compress_statistics=True)
+    state.offset = None
+    with pytest.raises(UserError, match="a float32 scalar tensor as offset, and blocks of 256, got offset None"):
+        matmul_4bit(torch.randn(3, 40), packed, state)
+
+
+def test_dequantize_blockwise_says_what_is_wrong():
+    index, state = quantize_blockwise(torch.randn(64))
+    with pytest.raises(UserError, match="expected a QuantState, or absmax instead"):
+        dequantize_blockwise(index)
+    with pytest.raises(UserError, match=r"expected a qkernels.QuantState, got builtins.str"):
+        dequantize_blockwise(index, "state")
+    with pytest.raises(UserError, match="code: expected the device of A, cpu, got meta"):
+        dequantize_blockwise(index, absmax=state.absmax, code=state.code.to("meta"))
+
+
+def test_meta_tensors_compute_shapes():
+    packed, state = quantize_4bit(torch.empty(24, 40, device="meta"), compress_statistics=True)
+    assert packed.shape == (480, 1)
+    assert dequantize_4bit(packed, state).shape == (24, 40)
 
 
 def test_every_public_name_exists():

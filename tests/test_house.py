@@ -24,6 +24,8 @@ FORBIDDEN = {
     "qlora/params4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/module4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/embedding4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/targets.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/dequantize.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/lora.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
 }
 FILES = sorted(path for package in ("qkernels", "qlora") for path in (ROOT / package).rglob("*.py"))
@@ -65,7 +67,10 @@ def test_no_error_is_swallowed():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{path}: bare except"
-                assert ast.unparse(node.type) != "Exception", f"{path}:{node.lineno}: except Exception"
+                names = ast.unparse(node.type)
+                everything = "Exception" in names.replace("(", " ").replace(")", " ").replace(",", " ").split()
+                raises_on = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+                assert raises_on or not (everything or "BaseException" in names), f"{path}:{node.lineno}: {names}"
 
 
 def test_rules_name_files_that_exist():

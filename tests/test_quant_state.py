@@ -105,3 +105,22 @@ def test_no_packed_entry():
 def test_damaged_dtype():
     with pytest.raises(UserError, match="got 'float99'"):
         QuantState.from_dict(make_state().as_dict() | {"dtype": "float99"}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [(b"{bad", "Expecting property name"), (b"\xff\xfe\xfa", "decode"), (b"[1]", "got list")]
+)
+def test_damaged_json(text, got):
+    packed = make_state().as_dict(packed=True)
+    packed["quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(UserError, match=got):
+        QuantState.from_dict(packed, "cpu")
+
+
+def test_a_dtype_that_is_no_name():
+    with pytest.raises(UserError, match="a torch dtype's name, got 16"):
+        QuantState.from_dict(make_state().as_dict() | {"dtype": 16}, "cpu")
+
+
+def test_a_quoted_cause_ends_once():
+    assert str(UserError("x", expected="y", got="z.", remedy="Do.")) == "x: expected y, got z. Do."
