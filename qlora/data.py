@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from qkernels.errors import UserError
 
 from .arguments import BUNDLED, DataArguments
+from .checkpoint import is_local
 
 # TRL reads a column named "prompt" as the first half of a prompt-completion pair, so the text gets a name of its own.
 TEXT = "text"
@@ -88,10 +89,10 @@ def bundled_prompts() -> Path:
 
 def _read(data: DataArguments) -> Dataset:
     name = data.dataset_name
-    path = bundled_prompts() if name == BUNDLED else Path(name)
+    path = bundled_prompts() if name == BUNDLED else Path(name).expanduser()
     if path.suffix in _READERS or path.is_file():
         return _read_file(path)
-    if path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_local(name):
         got = "a folder" if path.is_dir() else "no such file"
         raise _not_found(name, got)
     return _read_hub(data)
@@ -101,7 +102,7 @@ def _read_file(path: Path) -> Dataset:
     if not path.is_file():
         raise _not_found(str(path), "no such file")
     if path.suffix not in _READERS:
-        raise _not_found(str(path), f"a file that ends in {path.suffix!r}")
+        raise _not_found(str(path), f"a file that ends in {path.suffix!r}", "Convert it to .csv or .jsonl.")
     if not path.read_bytes().strip():
         return Dataset.from_dict({})
     try:
@@ -132,12 +133,12 @@ def _read_hub(data: DataArguments) -> Dataset:
         ) from error
 
 
-def _not_found(name: str, got: str) -> UserError:
+def _not_found(name: str, got: str, remedy: str = "Check the path.") -> UserError:
     return UserError(
         "dataset_name",
         expected="a data set on the hub, a .csv, .jsonl or .txt file, or 'bundled'",
         got=f"{name!r}, {got}",
-        remedy="Check the path.",
+        remedy=remedy,
     )
 
 

@@ -71,6 +71,12 @@ def test_the_first_rows_train_and_the_next_are_held_out(write):
     assert load(path, max_samples=9) == (list("012345"), None)
 
 
+def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("texts.txt", "one\n")
+    assert load("~/texts.txt")[0] == ["one"]
+
+
 def test_a_missing_column_lists_the_columns(table):
     message = wrong(table, column="prompts")
     assert "act, prompt, number" in message
@@ -98,7 +104,7 @@ def test_a_damaged_file(write):
 def test_a_file_that_is_not_there_or_not_data(tmp_path, write):
     assert "no such file" in wrong(tmp_path / "texts.csv")
     assert "no such file" in wrong("./nothing/here")
-    assert "'.pdf'" in wrong(write("texts.pdf", "x"))
+    assert "'.parquet'. Convert it to .csv or .jsonl." in wrong(write("texts.parquet", "x"))
     assert "a folder" in wrong(tmp_path)
 
 
