@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-GIB = 2**30
+from .units import GIB
 
 
 def peak_memory_gib() -> float:

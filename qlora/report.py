@@ -21,9 +21,8 @@ from matplotlib.ticker import MaxNLocator
 from . import __version__
 from .checkpoint import atomic_file
 from .linear4bit import Linear4bit
+from .units import MIB
 
-GIB = 2**30
-MIB = 2**20
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets")
 
 

@@ -40,9 +40,10 @@ from .config import Parser, parse, resolved
 from .data import TEXT, load_texts, no_data_bars
 from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
 from .loading import prepare_model_for_training
-from .memory import GIB, meta_model, plan
-from .report import MIB, RunResult, model_sizes, save_loss_plot, save_report
+from .memory import meta_model, plan
+from .report import RunResult, model_sizes, save_loss_plot, save_report
 from .targets import resolve_target_modules
+from .units import GIB, MIB
 
 Arguments = tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from models import save_tiny
@@ -10,10 +13,12 @@ from runs import refused
 from qlora import load_pretrained_4bit
 from qlora.arguments import LoraArguments
 from qlora.cli import main
-from qlora.memory import GIB, meta_model, plan
+from qlora.memory import meta_model, plan
 from qlora.report import model_sizes
+from qlora.units import GIB
 
 BLOOM = "bigscience/bloom-7b1"
+RECORD = Path(__file__).parent.parent / "benchmarks/results/bloom-7b1-nvidia-h100-80gb-hbm3-2026-11-25.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +39,14 @@ def test_bloom_has_its_published_sizes(bloom):
     assert (found.quantized + found.kept) / GIB == pytest.approx(4.83, rel=0.01)
 
 
-# Peaks of TRL's trainer with the real bitsandbytes on an H100, without the CUDA context.
-@pytest.mark.parametrize(("batch_size", "length", "measured"), [(1, 128, 5.1), (4, 512, 7.1), (8, 512, 9.3)])
-def test_bloom_is_near_the_measured_peaks(bloom, batch_size, length, measured):
-    found = planned(bloom, batch_size, length)
-    assert (found.total - found.context) / GIB == pytest.approx(measured, rel=0.04)
+def test_bloom_is_near_the_measured_peaks(bloom):
+    rows = [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["stack"] == "qlora" and row["precision"] == "bf16" and row["length"]]
+    assert {row["name"] for row in rows} == {"1x128", "4x512", "8x512"}
+    for row in rows:
+        found = planned(bloom, row["batch"], row["length"])
+        # torch counts its own allocations, the CUDA context is beside them.
+        assert (found.total - found.context) / GIB == pytest.approx(row["gpu_peak_allocated_gib"], rel=0.1), row["name"]
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
