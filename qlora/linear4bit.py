@@ -15,8 +15,9 @@ from torch import nn
 
 from qkernels import matmul_4bit
 from qkernels.errors import UserError
+from qkernels.functional import autocast_dtype
 
-from .module4bit import Module4bit, autocast_dtype
+from .module4bit import Module4bit
 from .params4bit import Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "Params4bit"]

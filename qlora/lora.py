@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qkernels import FLOAT_DTYPES
 from qkernels.errors import UserError
+from qkernels.functional import autocast_dtype
 
-from .module4bit import Module4bit, autocast_dtype
+from .module4bit import Module4bit
 from .targets import resolve_target_modules
 
 __all__ = ["LoRALinear", "apply_lora"]
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoRALinear(nn.Module):

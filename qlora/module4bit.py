@@ -16,21 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from qkernels import QuantState, dequantize_4bit
+from qkernels import QuantState, dequantize_4bit, packed_length
 from qkernels.errors import UserError
 
-from .params4bit import Params4bit, map_state, packed_elements
+from .params4bit import Params4bit, map_state
 
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants products with `x` in; None outside autocast."""
-    kind = x.device.type
-    # Asked first, since autocast knows nothing of the meta device and would raise.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 class Module4bit(nn.Module):
@@ -102,9 +93,9 @@ class Module4bit(nn.Module):
                 got=f"{self.weight.dtype} on {self.weight.device}, not quantized yet",
                 remedy="Move the layer to its device first: .to('cuda') or .to('cpu') quantizes it.",
             )
-        if not isinstance(self.weight, Params4bit) and self.weight.numel() != packed_elements(
-            quant_state, self.weight.dtype
-        ):
+        if isinstance(self.weight, Params4bit):
+            return self.weight, quant_state
+        if self.weight.numel() != packed_length(torch.Size(quant_state.shape or ()).numel(), self.weight.dtype):
             raise UserError(
                 self.weight_name,
                 expected=f"the packed codes of a {tuple(quant_state.shape or ())} weight",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkernels import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES, QuantState, quantize_4bit
+from qkernels import QuantState, packed_length, quantize_4bit
+from qkernels.checks import check_blocksize, check_quant_storage, check_quant_type
 from qkernels.errors import UserError
 
 # What travels with the bytes when a Params4bit is rebuilt; `module` goes too, except into pickles and deep copies.
@@ -80,7 +81,16 @@ class Params4bit(nn.Parameter):
     ) -> Params4bit:
         data = torch.empty(0) if data is None else data
         blocksize = 64 if blocksize is None else blocksize
-        _check_format(data, blocksize, quant_type, quant_storage, bnb_quantized)
+        check_quant_type(quant_type)
+        check_blocksize(blocksize)
+        check_quant_storage(quant_storage)
+        if bnb_quantized and data.dtype != quant_storage:
+            raise UserError(
+                "data",
+                expected=f"packed codes of dtype {quant_storage}, since bnb_quantized is True",
+                got=f"{data.dtype} of shape {tuple(data.shape)}",
+                remedy="For a float weight pass bnb_quantized=False and move the parameter to its device.",
+            )
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
         self.blocksize = blocksize
         self.compress_statistics = bool(compress_statistics)
@@ -130,7 +140,7 @@ class Params4bit(nn.Parameter):
             UserError: entries are missing or unknown, or the packed codes are not as many as the saved shape needs.
         """
         quant_state = QuantState.from_dict(quantized_stats, device=device)
-        needed = packed_elements(quant_state, data.dtype)
+        needed = packed_length(torch.Size(quant_state.shape or ()).numel(), data.dtype)
         if data.numel() != needed:
             raise UserError(
                 "data",
@@ -265,32 +275,6 @@ class Params4bit(nn.Parameter):
 
 def _rebuild(cls: type[Params4bit], data: torch.Tensor, requires_grad: bool, fields: dict[str, Any]) -> Params4bit:
     return cls(data, requires_grad=requires_grad, **fields)
-
-
-def _check_format(
-    data: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, bnb_quantized: bool
-) -> None:
-    for argument, value, valid in (
-        ("quant_type", quant_type, QUANT_TYPES),
-        ("blocksize", blocksize, BLOCKSIZES),
-        ("quant_storage", quant_storage, QUANT_STORAGES),
-    ):
-        if value not in valid:
-            choices = ", ".join(map(str, valid))
-            raise UserError(argument, expected=f"one of {choices}", got=repr(value), remedy="Choose one of these.")
-    if bnb_quantized and data.dtype != quant_storage:
-        raise UserError(
-            "data",
-            expected=f"packed codes of dtype {quant_storage}, since bnb_quantized is True",
-            got=f"{data.dtype} of shape {tuple(data.shape)}",
-            remedy="For a float weight pass bnb_quantized=False and move the parameter to its device.",
-        )
-
-
-def packed_elements(quant_state: QuantState, storage: torch.dtype) -> int:
-    """How many elements of dtype `storage` hold the codes of a tensor of `quant_state.shape`."""
-    n_bytes = (torch.Size(quant_state.shape or ()).numel() + 1) // 2
-    return -(-n_bytes // storage.itemsize)
 
 
 def map_state(quant_state: QuantState | None, fn: Callable[[torch.Tensor], torch.Tensor]) -> QuantState | None:

@@ -258,7 +258,7 @@ def test_double_precision_weights_are_refused_by_name(move):
     [
         ({"quant_type": "int4"}, "quant_type: expected one of nf4, fp4, got 'int4'"),
         ({"blocksize": 48}, "blocksize: expected one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 48"),
-        ({"quant_storage": torch.int32}, "quant_storage: expected one of torch.uint8, .*, got torch.int32"),
+        ({"quant_storage": torch.int32}, "quant_storage: expected torch.uint8, .*, got torch.int32"),
     ],
 )
 def test_wrong_format_arguments(linear, options, message):

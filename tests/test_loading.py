@@ -296,7 +296,7 @@ def test_weights_of_another_model(llama):
         ({"nonsense": 3}, r"kwargs: expected arguments of AutoModel.*'nonsense'"),
         ({"device": "cpu", "device_map": "auto"}, "device_map: expected device_map or device, got both"),
         ({"gguf_file": "a.gguf", "device_map": "auto"}, "device_map: expected device_map or gguf_file, got both"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, float16, bfloat16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype: expected one of torch.float32, .*, torch.bfloat16, got 'int8'"),
         ({"device": "tpu"}, "device: expected 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
         ({"blocksize": 48}, "blocksize: expected one of 32, .*, got 48"),
         ({"modules_to_not_convert": ["nonsense"]}, "names of modules of the model, got 'nonsense'"),

@@ -12,11 +12,10 @@ import torch
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qkernels import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES
+from qkernels import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES
 from qkernels.errors import UserError
 
 METHOD = "qkernels_nf4"
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _BITSANDBYTES_NAMES = {
     "bnb_4bit_quant_type": "quant_type",
@@ -87,7 +86,8 @@ class NF4Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; dtypes by name ("uint8")."""
         fields = super().to_dict()
-        return {name: _dtype_name(value) if isinstance(value, torch.dtype) else value for name, value in fields.items()}
+        dtypes = {name: value for name, value in fields.items() if isinstance(value, torch.dtype)}
+        return fields | {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
 
 
 def as_dtype(argument: str, value: torch.dtype | str, choices: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> torch.dtype:
@@ -98,13 +98,9 @@ def as_dtype(argument: str, value: torch.dtype | str, choices: tuple[torch.dtype
     """
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if dtype not in choices:
-        names = ", ".join(map(_dtype_name, choices))
+        names = ", ".join(map(str, choices))
         raise UserError(argument, expected=f"one of {names}", got=repr(value), remedy="Choose one of these.")
     return dtype
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
