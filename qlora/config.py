@@ -76,22 +76,58 @@ def _words_of_file(parser: Parser, argv: Sequence[str], problems: list[str]) -> 
         return []
     words = []
     for key, value in _read_yaml(Path(path)).items():
-        setting = [f"--{key}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
         try:
-            unknown = parser.parse_known_args(setting)[1]
+            words += _words_of_setting(parser, key, value)
         except UserError as error:
             problems.append(f"{path}: {error.got}")
-            continue
-        if unknown:
-            problems.append(f"{path}: {_unknown(parser, unknown[0])}")
-        elif value is not None or parser.get_default(key) is not None:
-            words += setting
     return words
+
+
+def _words_of_setting(parser: Parser, key: str, value: Any) -> list[str]:
+    """One setting of the file as command-line words; none for a null that is the default anyway.
+
+    Raises:
+        UserError: no such setting, or the value is none for it.
+    """
+    action = parser._option_string_actions.get(f"--{key}")
+    if action is None:
+        parser.error(_unknown(parser, f"--{key}"))
+    takes_list = action.nargs == "+"
+    if value is None:
+        if action.default is None:
+            return []
+        if takes_list or action.type is str:  # it would be the word "none"
+            parser.error(f"{key} cannot be null")
+    if not isinstance(value, list):
+        words = [f"--{key}={_word(value)}"]
+    elif not takes_list:
+        parser.error(f"{key} takes one value, not a list")
+    else:
+        words = [f"--{key}", *(_word(item) for item in value)]
+        for item, word in zip(value, words[1:], strict=True):
+            if item is None or isinstance(item, dict | list):
+                parser.error(f"{key}: {word} is not one text or number (put quotes around a text)")
+            if parser._parse_optional(word):
+                parser.error(f"{key}: {word!r} in the list would be read as a flag")
+    parser.parse_known_args(words)
+    return words
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, where PyYAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("--config", expected="a YAML file", got=str(error), remedy="Check the path.") from error
     except yaml.YAMLError as error:

@@ -63,6 +63,11 @@ def test_null_in_the_file_means_none_or_the_default(file):
     assert (data.max_samples, data.dataset_config, training.max_length) == (None, None, None)
 
 
+def test_a_value_in_the_file_may_look_like_a_flag(file):
+    data = read("--config", file("sample_prompts: ['- one', '-1']\ndataset_config: --x\ndataset_train_split: ''\n"))[2]
+    assert (data.sample_prompts, data.dataset_config, data.dataset_train_split) == (["- one", "-1"], "--x", "")
+
+
 def test_everything_wrong_is_said_at_once(file):
     path = file("lora_ranks: 3\nlearning_rate: fast\nnum_train_epochs: -1\nlora_dropout: 1.0\n")
     message = wrong("--config", path, "--max_samples", "0", "--bogus", "--eval_samples=-2")
@@ -106,7 +111,19 @@ def test_a_wrong_flag(words, part):
         ("- lora_r\n", "a list"),
         ("", "an empty file"),
         ("just words\n", "a str"),
-        ("lora_r: {a: 1}\n", "invalid int value"),
+        ("lora_r: {a: 1}\n", "--lora-r: invalid int value"),
+        ("lora_ranks: null\n", "unknown setting 'lora_ranks'"),
+        ("lora_target_modules: null\n", "lora_target_modules cannot be null"),
+        ("dataset_name: null\n", "dataset_name cannot be null"),
+        ("lora_r: null\n", "--lora-r: invalid int value"),
+        ("learning_rate: [1, 2]\n", "learning_rate takes one value, not a list"),
+        ("sample_prompts: [--use_cpu, a]\n", "sample_prompts: '--use_cpu' in the list would be read as a flag"),
+        ("sample_prompts: [a, -x]\n", "sample_prompts: '-x' in the list"),
+        ("sample_prompts:\n- Act: now\n", 'sample_prompts: {"Act": "now"} is not one text'),
+        ("lora_target_modules: [null]\n", "lora_target_modules: none is not one text"),
+        ("lora_r: 1\nlora_r: 2\n", "lora_r is there twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a is there twice"),
+        ("? [a]\n: 1\n", "unhashable key"),
         ("lora_target_modules: []\n", "at least one argument"),
     ],
 )
