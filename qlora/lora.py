@@ -186,10 +186,18 @@ def apply_lora(model: nn.Module, target_modules: str | Iterable[str], **options:
         Full names of the layers that were wrapped.
 
     Raises:
-        UserError: an unknown target (the likely ones are listed) or a wrong option; the model is then unchanged.
+        UserError: an unknown target (the likely ones are listed), a wrong option, or a model that is a linear layer
+            itself; the model is then unchanged.
     """
     names = resolve_target_modules(model, target_modules)
-    wrapped = {name: LoRALinear(model.get_submodule(name), **options) for name in names if name}
+    if "" in names:
+        raise UserError(
+            "model",
+            expected="a model with linear layers in it",
+            got=f"{type(model).__name__}, which is the layer to wrap itself and cannot be replaced in place",
+            remedy="Wrap it with LoRALinear(layer).",
+        )
+    wrapped = {name: LoRALinear(model.get_submodule(name), **options) for name in names}
     for name, parameter in model.named_parameters():
         if ".lora_A." not in name and ".lora_B." not in name:
             parameter.requires_grad_(False)
@@ -216,7 +224,7 @@ def _check(base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float
             remedy="Train the adapter that is there, or wrap its merged_linear().",
         )
     checks = (
-        ("r", r, isinstance(r, int) and r >= 1, "an integer of at least 1", "8, 16 and 64 are usual."),
+        ("r", r, _number(r) and isinstance(r, int) and r >= 1, "an integer of at least 1", "8, 16 and 64 are usual."),
         ("lora_alpha", lora_alpha, _number(lora_alpha) and lora_alpha > 0, "a positive number", "r or 2 r is usual."),
         (
             "lora_dropout",
@@ -239,4 +247,4 @@ def _check(base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

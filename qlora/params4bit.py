@@ -193,8 +193,10 @@ class Params4bit(nn.Parameter):
             argument, dot, part = error.argument.partition(".")
             if argument != "A":
                 raise
-            name = f"{self._name()}{dot}{part}"
-            raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
+            name, remedy = f"{self._name()}{dot}{part}", error.remedy
+            if not dot and not data.isfinite().all():  # its own remedy names an argument that layers do not have
+                remedy = "They would silently spoil their blocks: mend the weights, or keep this layer float."
+            raise UserError(name, expected=error.expected, got=error.got, remedy=remedy) from error
         if dtype is not None:
             quant_state.dtype = dtype
         self.data = packed

@@ -213,8 +213,10 @@ def test_a_foreign_packed_base_cannot_be_merged():
     [
         ({"r": 0}, "r: expected an integer of at least 1, got 0"),
         ({"r": 2.5}, "r: expected an integer of at least 1, got 2.5"),
+        ({"r": True}, "r: expected an integer of at least 1, got True"),
         ({"lora_alpha": 0}, "lora_alpha: expected a positive number, got 0"),
         ({"lora_alpha": "16"}, "lora_alpha: expected a positive number, got '16'"),
+        ({"lora_alpha": math.inf}, "lora_alpha: expected a positive number, got inf"),
         ({"lora_dropout": 1.0}, r"lora_dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout: expected a probability in \[0, 1\), got -0.1"),
         ({"adapter_dtype": torch.int8}, "adapter_dtype: expected one of torch.float32, .*, got torch.int8"),
@@ -343,6 +345,13 @@ def test_a_wrong_option_leaves_the_model_as_it_was():
         apply_lora(model, ["dense"], r=-1)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert type(model.h[0].dense) is nn.Linear
+
+
+def test_a_layer_that_is_the_whole_model_is_left_as_it_was():
+    layer = nn.Linear(3, 4)
+    with pytest.raises(UserError, match=r"^model: expected a model .* got Linear, .* Wrap it with LoRALinear"):
+        apply_lora(layer, "all-linear")
+    assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def test_a_model_without_linear_layers():
