@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from qkernels.errors import UserError
@@ -211,7 +212,7 @@ _NOT_NEGATIVE = (
 
 
 def check_numbers(values: argparse.Namespace) -> list[str]:
-    """What is out of range, one sentence each.  Settings that a command does not have are passed over."""
+    """What is out of range or empty, one sentence each.  Settings that a command does not have are passed over."""
     problems = []
     for names, holds, range_ in (
         (_POSITIVE, lambda value: value > 0, "more than 0"),
@@ -223,6 +224,9 @@ def check_numbers(values: argparse.Namespace) -> list[str]:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and not holds(number):  # nan fails every comparison
                     problems.append(f"{name} has to be {range_}, not {number}")
+    for name in ("prompt", "sample_prompts"):
+        if any(not text.strip() for text in getattr(values, name, [])):
+            problems.append(f"{name} holds an empty text, which a model cannot continue")
     return problems
 
 
@@ -235,12 +239,32 @@ def check_training(values: argparse.Namespace) -> list[str]:
         problems.append(str(error))
     if not values.output_dir or not values.output_dir.strip():
         problems.append("output_dir has to name a folder")
+    problems += _check_evaluation(values)
+    trackers = ("none", "all", *get_available_reporting_integrations())
+    if values.report_to not in trackers:
+        problems.append(
+            f"report_to: {values.report_to!r} is none of the trackers installed here ({', '.join(trackers)})"
+        )
+    if values.deepspeed or values.fsdp:
+        problems.append("deepspeed and fsdp are not supported: this command trains in one process")
     if values.padding_free or values.packing:
         problems.append(
             "packing and padding_free are not supported: models with alibi or eager attention would read across texts"
         )
     if "lm_head" in values.lora_target_modules:
         problems.append("lora_target_modules: lm_head cannot have an adapter (TRL fuses it with the loss)")
+    return problems
+
+
+def _check_evaluation(values: argparse.Namespace) -> list[str]:
+    problems = []
+    if values.eval_strategy != "no" and not values.eval_samples:
+        problems.append(f"eval_strategy {values.eval_strategy} needs held-out texts: set eval_samples")
+    if values.save_strategy == "best":
+        if values.eval_strategy == "no":
+            problems.append("save_strategy best needs measurements to choose by: set eval_strategy and eval_samples")
+        if values.metric_for_best_model is None and not values.load_best_model_at_end:
+            problems.append("save_strategy best needs metric_for_best_model, for example eval_loss")
     return problems
 
 

@@ -64,7 +64,7 @@ def parse(
         return tuple(parser.parse_args_into_dataclasses(words, look_for_args_file=False)[:count])
     except UserError:
         raise
-    except ValueError as error:  # the checks that transformers and TRL make of combinations
+    except (ValueError, ImportError) as error:  # the checks of combinations and packages in transformers and TRL
         raise _as_one([" ".join(str(error).split())], parser) from error
 
 

@@ -48,6 +48,12 @@ def test_training_the_default_model_without_a_gpu_says_what_it_needs(capsys, mon
     assert "--model_name_or_path" in message
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(command, capsys):
+    words = [command, "--model_name_or_path", "./nothing", "--prompt", "a", " "]
+    assert "prompt holds an empty text" in refused(capsys, *words)
+
+
 def test_an_error_of_several_lines_becomes_one(capsys, monkeypatch):
     def main(argv):
         raise UserError("thing", expected="a", got="b\nc", remedy="Do d.")

@@ -97,6 +97,12 @@ def test_everything_wrong_is_said_at_once(file):
         (["--lora_target_modules", "q_proj", "lm_head"], "lm_head cannot have an adapter"),
         (["--output_dir", " "], "output_dir has to name a folder"),
         (["--load_best_model_at_end", "--save_strategy", "epoch"], "load_best_model_at_end"),
+        (["--sample_prompts", "a", ""], "sample_prompts holds an empty text"),
+        (["--eval_strategy", "epoch"], "eval_strategy epoch needs held-out texts: set eval_samples"),
+        (["--save_strategy", "best"], "save_strategy best needs measurements to choose by: set eval_strategy"),
+        (["--save_strategy", "best"], "save_strategy best needs metric_for_best_model"),
+        (["--report_to", "wandbb"], "report_to: 'wandbb' is none of the trackers installed here (none, all"),
+        (["--deepspeed", "x.json"], "deepspeed and fsdp are not supported"),
         (["--config"], "--config"),
     ],
 )
@@ -136,6 +142,11 @@ def test_a_wrong_file(file, text, part):
 
 def test_a_file_that_is_not_there(tmp_path):
     assert "no.yaml" in wrong("--config", str(tmp_path / "no.yaml"))
+
+
+def test_a_run_that_keeps_its_best_checkpoint():
+    words = ["--save_strategy=best", "--eval_strategy=epoch", "--metric_for_best_model=eval_loss", "--eval_samples=2"]
+    assert read(*words)[3].save_strategy == "best"
 
 
 def test_the_resolved_settings_say_the_same_again(file):
