@@ -68,7 +68,8 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Ite
     """
     final = Path(path)
     with writing(final), _parents_of(final):
-        _refuse_existing(final, replace)
+        if not replace or not final.is_dir():
+            refuse_existing(final)
         partial = _sibling(final, "partial")
         partial.mkdir()
         try:
@@ -135,6 +136,22 @@ def check_writable(path: str | os.PathLike[str], *, need_bytes: int = 0) -> None
         )
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Check, before hours of work, that a new folder can be made at `path`.
+
+    Raises:
+        UserError: a file is there, or a folder with something in it.
+    """
+    final = Path(path)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise UserError(
+            str(final),
+            expected="a folder that does not exist yet",
+            got="a folder with files in it" if final.is_dir() else "a file",
+            remedy="Choose another folder, or remove this one first.",
+        )
+
+
 def is_local(name: str | os.PathLike[str]) -> bool:
     """Whether a model's or adapter's name means a folder of this machine (existing or not) and not a hub's id."""
     text = os.fspath(name)
@@ -162,19 +179,6 @@ def _write_failure(error: BaseException) -> str | None:
 
 def _unwritable(path: Path, reason: str, remedy: str) -> UserError:
     return UserError(str(path), expected="a place that can be written", got=reason, remedy=remedy)
-
-
-def _refuse_existing(final: Path, replace: bool) -> None:
-    if final.is_dir() and (replace or not any(final.iterdir())):
-        return
-    if final.exists():
-        kind = "a folder with files in it" if final.is_dir() else "a file"
-        raise UserError(
-            str(final),
-            expected="a folder that does not exist yet",
-            got=kind,
-            remedy="Choose another folder, or remove this one first.",
-        )
 
 
 @contextmanager

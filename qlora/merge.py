@@ -13,7 +13,7 @@ import torch
 from qkernels.errors import UserError
 
 from .arguments import AdapterArguments, MergeArguments, check_numbers
-from .checkpoint import atomic_folder, check_writable
+from .checkpoint import atomic_folder, check_writable, refuse_existing
 from .config import Parser, parse
 from .generate import load_with_adapter
 from .integrations.transformers import dequantize_model
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         if value is None:
             raise UserError(name, expected="a folder", got="none", remedy=f"Pass --{name} FOLDER.")
     dtype = getattr(torch, merge.dtype)
+    refuse_existing(merge.output_dir)
     check_writable(merge.output_dir)
     model, tokenizer = load_with_adapter(arguments, dtype, "cpu")
     merged: Any = dequantize_model(model.merge_and_unload(safe_merge=True), dtype)

@@ -275,8 +275,11 @@ def test_an_adapter_that_is_not_there(model, tmp_path, capsys):
     assert "which has none" in refused(capsys, "generate", "--adapter_path", str(model))
 
 
-def test_merge_does_not_write_over_anything(run, model, capsys):
-    refused(capsys, "merge", "--adapter_path", str(run), "--output_dir", str(model))
+def test_merge_does_not_write_over_anything(model, tmp_path, capsys):
+    # Said before the adapter is looked for: merging takes long.
+    words = ["merge", "--adapter_path", str(tmp_path / "no adapter"), "--output_dir"]
+    assert "a folder with files in it" in refused(capsys, *words, str(model))
+    assert "got a file" in refused(capsys, *words, str(model / "config.json"))
 
 
 def test_merge_asks_for_its_folders(capsys):
