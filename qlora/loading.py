@@ -29,6 +29,7 @@ _NOT_HERE = {
     "load_in_8bit": "Only 4 bits are supported.",
     "quantization_config": "Pass its fields here, or the configuration to AutoModelForCausalLM.from_pretrained.",
     "torch_dtype": "The argument is called dtype.",
+    "output_loading_info": "Missing weights are an error here: leave it out.",
     "weights_only": "Pickled checkpoints are read without running the code in them (weights_only=True), always.",
 }
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError)
@@ -89,7 +90,7 @@ def load_pretrained_4bit(
             arguments["quantization_config"] = config  # not None else: that would erase the stored one
         else:
             _check_same_format(name, stored, config)
-        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+        return _load_whole(name, arguments)
 
 
 def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: bool = True) -> PreTrainedModel:
@@ -173,14 +174,25 @@ def _load_gguf(name: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrai
         "device_map": {"": "cpu"},
         "quantization_config": GgufConfig(dequantize=True),
     }
+    return _load_whole(name, arguments)
+
+
+def _load_whole(name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """`from_pretrained`, but a weight that is missing is an error: transformers would warn and make a random one.
+
+    A tied weight that is stored under its other name counts as present.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     model, report = loaded
-    if report["missing_keys"]:  # transformers would warn and leave random weights
+    missing = sorted(report["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        gguf = arguments.get("gguf_file")
         raise UserError(
-            "gguf_file",
+            "gguf_file" if gguf else "name_or_path",
             expected=f"every weight of {type(model).__name__}",
-            got=f"{kwargs['gguf_file']!r} without {', '.join(sorted(report['missing_keys']))}",
-            remedy="The file is of another architecture than it says, or incomplete.",
+            got=f"{gguf or name!r} without {', '.join(missing[:3])}{others}",
+            remedy="The checkpoint is incomplete, or of another architecture than it says.",
         )
     return model
 

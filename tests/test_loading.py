@@ -93,7 +93,12 @@ def test_arguments_of_transformers_pass_through(llama):
 def test_device_and_safe_unpickling_are_asked_for(llama, monkeypatch):
     """On this machine they are transformers' own defaults, on others or in other versions not."""
     asked = {}
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **arguments: asked.update(arguments))
+
+    def from_pretrained(name, **arguments):
+        asked.update(arguments)
+        return None, {"missing_keys": set()}
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_pretrained_4bit(llama, device="cpu")
     assert asked["device_map"] == {"": torch.device("cpu")}
     assert asked["weights_only"] is True
@@ -190,6 +195,12 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def without(folder, *prefixes):
+    path = folder / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(prefixes)}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
 def pickled(source, folder, contents):
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
@@ -278,6 +289,31 @@ def test_unusable_config(llama):
         load_pretrained_4bit(llama)
 
 
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_missing_float_weight(llama, saved, key):
+    for folder in (llama, saved):
+        without(folder, key)
+        with pytest.raises(UserError, match=rf"expected every weight of LlamaForCausalLM, got .*' without {key}\. "):
+            load_pretrained_4bit(folder)
+
+
+def test_many_missing_weights_are_counted(llama):
+    norms = [f"model.layers.{i}.{name}_layernorm" for i in (0, 1) for name in ("input", "post_attention")]
+    without(llama, "model.norm", *norms)
+    with pytest.raises(UserError, match=r"layernorm.weight, model.layers.1.input_layernorm.weight and 2 more\. The"):
+        load_pretrained_4bit(llama)
+
+
+def test_only_one_of_two_tied_weights_is_stored(tmp_path):
+    folder = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = load_pretrained_4bit(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    without(folder, "model.embed_tokens.weight")
+    with pytest.raises(UserError, match=r"without lm_head\.weight, model\.embed_tokens\.weight\. "):
+        load_pretrained_4bit(folder)
+
+
 def test_weights_of_another_model(llama):
     tensors = load_file(llama / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(7)
@@ -292,6 +328,7 @@ def test_weights_of_another_model(llama):
         ({"load_in_4bit": True}, "load_in_4bit: expected an argument of load_pretrained_4bit.*leave it out"),
         ({"quantization_config": NF4Config()}, "quantization_config: .*Pass its fields here"),
         ({"torch_dtype": torch.float16}, "torch_dtype: .*The argument is called dtype"),
+        ({"output_loading_info": True}, "output_loading_info: .*leave it out"),
         ({"weights_only": False}, r"weights_only: .*without running the code"),
         ({"nonsense": 3}, r"kwargs: expected arguments of AutoModel.*'nonsense'"),
         ({"device": "cpu", "device_map": "auto"}, "device_map: expected device_map or device, got both"),
