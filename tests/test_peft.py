@@ -13,14 +13,14 @@ from datasets import Dataset
 from models import TARGETS, VOCABULARY, save_tiny, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.model import LoraModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from qkernels.errors import UserError
 from qlora.dequantize import float_layer
-from qlora.integrations.peft import LoraLinear4bit, check_adapter_matches, register
+from qlora.integrations.peft import LoraLinear4bit, check_adapter_matches, read_adapter_config, register
 from qlora.integrations.transformers import NF4Config, dequantize_model
 from qlora.linear4bit import Linear4bit
 from qlora.loading import prepare_model_for_training
@@ -322,7 +322,7 @@ def test_safe_merge_refuses_nan_and_merges_nothing(llama):
     model = stir(get_peft_model(load(llama), lora_config()))
     module = adapters_of(model)[0]
     module.lora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected"):
+    with pytest.raises(UserError, match=r"adapter default: expected finite merged weights, got NaN or Inf\. It div"):
         module.merge(safe_merge=True)
     assert isinstance(module.base_layer, Linear4bit)
     assert not module.merged
@@ -421,6 +421,41 @@ def test_adapter_of_another_model_on_the_hub(adapter, llama):
     check_adapter_matches(model, adapter)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a readable adapter"),
+        (b"\xff\xfe", "expected a readable adapter"),
+        ("[]", r"expected a JSON object, got list"),
+        ('{"peft_type": "LORA"}', "expected the name of the base .* base_model_name_or_path, got None"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": null}', "the name of the base .*, got None"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": ""}', "the name of the base .*, got ''"),
+        ('{"peft_type": "LOHA", "base_model_name_or_path": "a/b"}', "expected a LoRA adapter, got peft_type 'LOHA'"),
+    ],
+)
+def test_adapter_config_that_says_too_little(tmp_path, text, message):
+    (tmp_path / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"adapter_config.json: .*{message}"):
+        read_adapter_config(tmp_path)
+
+
+def test_adapter_config_is_read(adapter, llama):
+    assert read_adapter_config(str(adapter))["base_model_name_or_path"] == str(llama)
+
+
+def test_rank_of_the_weights_and_of_the_config(llama, adapter, tmp_path):
+    get_peft_model(load(llama), lora_config(rank_pattern={"v_proj": 2})).save_pretrained(tmp_path / "ranks")
+    check_adapter_matches(load(llama), tmp_path / "ranks")
+    rewrite(tmp_path / "ranks", rank_pattern={})
+    with pytest.raises(UserError, match=r"expected rank 4 in .*v_proj, .* got rank 2 in its lora_A"):
+        check_adapter_matches(load(llama), tmp_path / "ranks")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in weights if "lora_B" in key)
+    save_file(weights | {key: weights[key][:, :1].contiguous()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"expected rank 4 in .*q_proj, .* got rank 1 in its lora_B"):
+        check_adapter_matches(load(llama), adapter)
+
+
 def test_moved_base_is_a_warning_only(adapter, llama):
     rewrite(adapter, base_model_name_or_path="/elsewhere/other-model")
     with pytest.warns(UserWarning, match="was trained on /elsewhere/other-model"):
@@ -442,9 +477,6 @@ def test_no_adapter_and_damaged_ones(adapter, llama, tmp_path):
         check_adapter_matches(model, adapter)
     rewrite(adapter, peft_type="PROMPT_TUNING")
     with pytest.raises(UserError, match="expected a LoRA adapter, got peft_type 'PROMPT_TUNING'"):
-        check_adapter_matches(model, adapter)
-    (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="expected a readable adapter"):
         check_adapter_matches(model, adapter)
 
 

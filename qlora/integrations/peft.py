@@ -1,6 +1,7 @@
 """peft's LoRA around `Linear4bit`, for `get_peft_model`, `SFTTrainer(peft_config=)` and `AutoPeftModelForCausalLM`.
 
-Room: the only file that imports peft.  Importing it, or `qlora`, makes peft wrap our layers in `LoraLinear4bit`.
+Room: the only file that reaches into peft's machinery; others use its public names.  Importing it, or `qlora`, makes
+peft wrap our layers in `LoraLinear4bit`.
 peft's own wrapper for plain linear layers trains around packed codes as well, but would add the adapter to the codes
 when it merges.  peft's registration by configuration (`_register_custom_module`) is not saved with an adapter, so
 `AutoPeftModelForCausalLM` would not find it; the method that makes the wrappers is wrapped instead, once.
@@ -23,6 +24,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
 
@@ -67,7 +69,8 @@ class LoraLinear4bit(Linear):
             adapter_names: which adapters; None is the active ones.
 
         Raises:
-            ValueError: the sum is not finite and `safe_merge` is set; nothing is merged then.
+            UserError (a ValueError, as peft promises): the sum is not finite and `safe_merge` is set; nothing is
+                merged then.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
@@ -93,7 +96,12 @@ class LoraLinear4bit(Linear):
                 )
             bias = nn.Parameter(bias + self.lora_B[name].bias * self.scaling[name], requires_grad=False)
         if safe_merge and not all(torch.isfinite(tensor).all() for tensor in (weight, bias) if tensor is not None):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            raise UserError(
+                f"adapter {name}",
+                expected="finite merged weights",
+                got="NaN or Inf",
+                remedy="It diverged in training, or the file is damaged: take an earlier checkpoint, or train again.",
+            )
         if is_packed:
             self._packed = [base]
         merged.weight = nn.Parameter(weight.to(merged.weight.dtype), requires_grad=False)
@@ -166,16 +174,19 @@ def check_adapter_matches(model: nn.Module, adapter_folder: str | os.PathLike[st
         UserError: no adapter there, a damaged one, or one of another base.
     """
     folder = Path(adapter_folder)
-    recorded = _adapter_config(folder).get("base_model_name_or_path") or ""
-    for name, found, wanted in _misfits(model, _adapter_weights(folder)):
+    config = read_adapter_config(folder)
+    recorded = config["base_model_name_or_path"]
+    weights = _adapter_weights(folder)
+    _check_ranks(folder, config, weights)
+    for name, found, wanted in _misfits(model, weights):
         raise UserError(
             str(folder),
             expected=f"an adapter of this base model ({name} has {wanted})",
-            got=f"one of {recorded or 'an unnamed base'} ({found})",
+            got=f"one of {recorded} ({found})",
             remedy="Load the base model that the adapter was trained on.",
         )
     present = getattr(model, "name_or_path", "")
-    if not recorded or not present or recorded == present:
+    if not present or recorded == present:
         return
     if is_local(recorded) or is_local(present):
         if Path(recorded).name != Path(present).name:
@@ -189,7 +200,16 @@ def check_adapter_matches(model: nn.Module, adapter_folder: str | os.PathLike[st
     )
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(adapter_folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a LoRA adapter's adapter_config.json; "base_model_name_or_path" is among them.
+
+    Args:
+        adapter_folder: folder with adapter_config.json.
+
+    Raises:
+        UserError: no such file, not a JSON object, not of a LoRA adapter, or without the name of its base model.
+    """
+    folder = Path(adapter_folder)
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(
@@ -202,9 +222,21 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _damaged(path, error) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            str(path), expected="a JSON object", got=type(config).__name__, remedy="Copy or save the adapter again."
+        )
     if config.get("peft_type") != "LORA":
         raise UserError(
             str(path), expected="a LoRA adapter", got=f"peft_type {config.get('peft_type')!r}", remedy="Choose another."
+        )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            str(path),
+            expected="the name of the base model under base_model_name_or_path",
+            got=repr(base),
+            remedy="Write it into the file: the folder or the hub id of the model that the adapter was trained on.",
         )
     return config
 
@@ -224,18 +256,38 @@ def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise _damaged(folder, error) from error
 
 
+def _factors(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The A [r, K] and B [N, r] of an adapter: (module, "lora_A" or "lora_B", tensor)."""
+    for key, tensor in weights.items():
+        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if part in ("lora_A", "lora_B"):
+            yield name, part, tensor
+
+
+def _check_ranks(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    """Refuse weights of another rank than adapter_config.json says: peft would end in a report of mismatched sizes."""
+    ranks = config.get("rank_pattern") or {}
+    for name, part, tensor in _factors(weights):
+        wanted = ranks.get(get_pattern_key(ranks, name), config.get("r"))
+        rank = tensor.shape[0] if part == "lora_A" else tensor.shape[-1]
+        if rank != wanted:
+            raise UserError(
+                str(folder),
+                expected=f"rank {wanted} in {name}, as adapter_config.json says",
+                got=f"rank {rank} in its {part}",
+                remedy="The configuration and the weights are of two adapters: copy or save it again.",
+            )
+
+
 def _misfits(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, str]]:
     """What of an adapter does not fit: (module, what the adapter has, what the model has)."""
     modules = dict(model.named_modules())
-    for key, tensor in weights.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if part not in ("A.weight", "B.weight"):
-            continue
+    for name, part, tensor in _factors(weights):
         module = modules.get(name)
         if module is None:
             yield name, f"weights for {name}", "no such module"
             return
-        side, size = ("inputs", tensor.shape[1]) if part == "A.weight" else ("outputs", tensor.shape[0])
+        side, size = ("inputs", tensor.shape[-1]) if part == "lora_A" else ("outputs", tensor.shape[0])
         wanted = getattr(module, "in_features" if side == "inputs" else "out_features", None)
         if size != wanted:
             yield name, f"{size} {side}", f"{wanted} {side}"
