@@ -268,7 +268,7 @@ def _check_ranks(folder: Path, config: dict[str, Any], weights: dict[str, torch.
     """Refuse weights of another rank than adapter_config.json says: peft would end in a report of mismatched sizes."""
     ranks = config.get("rank_pattern") or {}
     for name, part, tensor in _factors(weights):
-        wanted = ranks.get(get_pattern_key(ranks, name), config.get("r"))
+        wanted = ranks.get(get_pattern_key(list(ranks), name), config.get("r"))
         rank = tensor.shape[0] if part == "lora_A" else tensor.shape[-1]
         if rank != wanted:
             raise UserError(
