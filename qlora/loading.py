@@ -1,20 +1,16 @@
 """`load_pretrained_4bit`: a causal language model in 4 bits from a float, GGUF or 4-bit checkpoint, and ready to train.
 
-Room: the door between a name and a model; whatever is wrong with the name or the files becomes one `UserError`.
+Room: the door between a name and a model; whatever is wrong with the name or the files becomes one `UserError` (the
+errors of other libraries in load_errors.py).
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from qkernels.errors import UserError
@@ -22,6 +18,7 @@ from qkernels.errors import UserError
 from .checkpoint import is_local
 from .integrations.transformers import NF4Config, quantize_model
 from .integrations.transformers.config import METHOD, as_dtype
+from .load_errors import one_error
 from .precision import choose_precision, resolve_device
 
 _NOT_HERE = {
@@ -32,7 +29,6 @@ _NOT_HERE = {
     "output_loading_info": "Missing weights are an error here: leave it out.",
     "weights_only": "Pickled checkpoints are read without running the code in them (weights_only=True), always.",
 }
-_DAMAGED = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError)
 
 
 def load_pretrained_4bit(
@@ -70,6 +66,13 @@ def load_pretrained_4bit(
         UserError: no such model, no network, damaged or incomplete files, a checkpoint quantized otherwise, NaN or
             Inf in a weight, or a wrong argument.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UserError(
+            "name_or_path",
+            expected="a folder, or the id of a model on the Hugging Face hub",
+            got=repr(name_or_path),
+            remedy="Pass a str or a pathlib.Path.",
+        )
     _refuse_other_names(kwargs, device)
     target = resolve_device(device)
     float_dtype = choose_precision(target).dtype if dtype is None else as_dtype("dtype", dtype)
@@ -81,7 +84,7 @@ def load_pretrained_4bit(
         modules_to_not_convert=modules_to_not_convert,
     )
     name = _local_folder(name_or_path, kwargs) if is_local(name_or_path) else os.fspath(name_or_path)
-    with _loading(name):
+    with one_error(name, kwargs):
         if kwargs.get("gguf_file") is not None:
             return quantize_model(_load_gguf(name, float_dtype, kwargs), config, target)
         stored = _stored_config(name, kwargs)
@@ -225,52 +228,3 @@ def _check_same_format(name: str, stored: NF4Config, asked: NF4Config) -> None:
                 got=repr(value),
                 remedy="Leave the argument out, or load the float checkpoint that it was made from.",
             )
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turn what transformers, safetensors and pickle raise for a model that cannot be loaded into one `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (*_DAMAGED, RuntimeError) as error:
-        expected = "a checkpoint that can be read"
-        remedy = "A file is damaged, incomplete, or a pickle with code in it, which is not run: get it as safetensors."
-        if "ignore_mismatched_sizes" in str(error):
-            expected, remedy = "weights of the sizes in config.json", "The weights are of another model."
-        elif isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise  # not about the files: out of memory, CUDA, ...
-        raise UserError(
-            "name_or_path", expected=expected, got=f"{name!r}: {_first_line(error)}", remedy=remedy
-        ) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            "name_or_path",
-            expected="a causal language model on this machine or on the Hugging Face hub",
-            got=f"{name!r}: {_first_line(error)}",
-            remedy=_remedy(error),
-        ) from error
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(
-            "kwargs",
-            expected="arguments of AutoModelForCausalLM.from_pretrained",
-            got=str(error),
-            remedy="Check the spelling.",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "torch.load(weights_only=True) refuses it"  # torch's own text advises to run the code
-    return str(error).strip().partition("\n")[0]
-
-
-def _remedy(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return "Install the package it names."
-    if "connect" in str(error):
-        return "The hub cannot be reached and the model is not in its cache: go online, or give a checkpoint's folder."
-    return "Check the name; a private or gated model needs `hf auth login`."

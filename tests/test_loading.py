@@ -269,8 +269,29 @@ def test_folder_without_a_model(llama, tmp_path):
     with pytest.raises(UserError, match=r"no config.json but a LoRA adapter. Load its base model"):
         load_pretrained_4bit(tmp_path / "adapter")
     (llama / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"llama': Error no file named model.safetensors"):
+    with pytest.raises(
+        UserError, match=r"llama': Error no file named model.safetensors.* copy the folder again, whole"
+    ):
         load_pretrained_4bit(llama)
+
+
+def test_folder_without_a_part_of_the_weights(llama):
+    (llama / "model.safetensors").rename(llama / "model-00001-of-00002.safetensors")
+    stored = dict.fromkeys(load_file(llama / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors")
+    index = llama / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": stored | {"x": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match=r"No such file .*model-00002-of-00002.safetensors. A file is missing"):
+        load_pretrained_4bit(llama)
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"a JSON file in it is not valid: Expecting .* damaged"):
+        load_pretrained_4bit(llama)
+
+
+def test_name_that_is_no_name():
+    with pytest.raises(UserError, match=r"name_or_path: expected a folder, or the id of a model .*, got None"):
+        load_pretrained_4bit(None)
+    with pytest.raises(UserError, match=r"got 'nobody nothing': Repo id must use .* `hf auth login`"):
+        load_pretrained_4bit("nobody nothing")
 
 
 def test_hub_out_of_reach():
@@ -281,11 +302,23 @@ def test_hub_out_of_reach():
 
 
 def test_unusable_config(llama):
-    edit_config(llama, model_type="nonsense")
-    with pytest.raises(UserError, match=r"expected a causal language model .* model type `nonsense`"):
+    for field, message in (
+        ({"model_type": "nonsense"}, "model type `nonsense`"),
+        ({"model_type": "t5"}, "Unrecognized configuration class .*T5Config"),
+        ({"hidden_size": "a"}, "'hidden_size' expected int, got str"),
+    ):
+        original = (llama / "config.json").read_text()
+        edit_config(llama, **field)
+        with pytest.raises(UserError, match=rf"^config.json of '.*llama': expected .* causal .*{message}") as caught:
+            load_pretrained_4bit(llama)
+        assert "\n" not in str(caught.value)
+        assert "hf auth" not in str(caught.value)
+        (llama / "config.json").write_text(original)
+    (llama / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^config.json of .* Should have a `model_type` key"):
         load_pretrained_4bit(llama)
     (llama / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"expected a causal language model .* not a valid JSON file"):
+    with pytest.raises(UserError, match=r"config.json' is not a valid JSON file. A file is missing, damaged"):
         load_pretrained_4bit(llama)
 
 
@@ -330,6 +363,13 @@ def test_weights_of_another_model(llama):
         ({"torch_dtype": torch.float16}, "torch_dtype: .*The argument is called dtype"),
         ({"output_loading_info": True}, "output_loading_info: .*leave it out"),
         ({"weights_only": False}, r"weights_only: .*without running the code"),
+        (
+            {"attn_implementation": "foo"},
+            "attn_implementation: expected .*, got 'foo': Specified .*\"foo\".* leave it out",
+        ),
+        ({"device_map": "foo"}, "device_map: expected .*, got 'foo': When passing device_map as a string"),
+        ({"gguf_file": "config.json"}, "gguf_file: expected .*, got 'config.json': .* not a GGUF file"),
+        ({"variant": "foo"}, "no file named model.foo.safetensors.* or leave variant out"),
         ({"nonsense": 3}, r"kwargs: expected arguments of AutoModel.*'nonsense'"),
         ({"device": "cpu", "device_map": "auto"}, "device_map: expected device_map or device, got both"),
         ({"gguf_file": "a.gguf", "device_map": "auto"}, "device_map: expected device_map or gguf_file, got both"),
