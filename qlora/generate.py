@@ -5,9 +5,9 @@ Room: thin over transformers' `generate` and peft's `PeftModel`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qkernels.errors import UserError
 
 from .arguments import DEFAULT_MODEL, AdapterArguments, GenerationArguments, ModelArguments, check_numbers
 from .config import Parser, parse
-from .integrations.peft import check_adapter_matches
+from .integrations.peft import check_adapter_matches, read_adapter_config
 from .loading import load_pretrained_4bit
 from .precision import choose_precision
 
@@ -94,16 +94,16 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            "model_name_or_path",
+            "--model_name_or_path",
             expected="a model with its tokenizer",
-            got=f"{name!r}: {' '.join(str(error).split())[:200]}",
+            got=f"{name!r}: {shorten(str(error), 200)}",
             remedy="Put the tokenizer's files beside the model's.",
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError(
-            "model_name_or_path",
+            "--model_name_or_path",
             expected="a tokenizer with an end-of-text or padding token",
             got=f"none in {name!r}",
             remedy="Set eos_token in its tokenizer_config.json.",
@@ -121,7 +121,7 @@ def adapter_folder(path: str) -> Path:
         if (folder / "adapter_config.json").is_file():
             return folder
     raise UserError(
-        "adapter_path",
+        "--adapter_path",
         expected="a run folder of `qlora train`, or a folder with adapter_config.json",
         got=f"{path!r}, {'which has none' if Path(path).exists() else 'which does not exist'}",
         remedy="Check the path, or finish the run with `qlora train --resume`.",
@@ -136,15 +136,14 @@ def load_with_adapter(
     The base model's name is filled in from the adapter if it is None.
 
     Raises:
-        UserError: no such model or adapter, or an adapter of another base.
+        UserError: no such model or adapter, a damaged adapter, or one of another base.
     """
     if arguments.adapter_path is None:
         arguments.model_name_or_path = arguments.model_name_or_path or DEFAULT_MODEL
         return load_base(arguments, dtype, device)
     folder = adapter_folder(arguments.adapter_path)
     if arguments.model_name_or_path is None:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        arguments.model_name_or_path = settings["base_model_name_or_path"]
+        arguments.model_name_or_path = read_adapter_config(folder)["base_model_name_or_path"]
     base, tokenizer = load_base(arguments, dtype, device)
     check_adapter_matches(base, folder)
     return PeftModel.from_pretrained(base, folder), tokenizer
