@@ -242,11 +242,12 @@ def check_training(values: argparse.Namespace) -> list[str]:
     problems += _check_evaluation(values)
     trackers = ("none", "all", *get_available_reporting_integrations())
     if values.report_to not in trackers:
-        problems.append(
-            f"report_to: {values.report_to!r} is none of the trackers installed here ({', '.join(trackers)})"
-        )
+        known = ", ".join(trackers)
+        problems.append(f"report_to: {values.report_to!r} is none of the trackers installed here ({known})")
     if values.deepspeed or values.fsdp:
         problems.append("deepspeed and fsdp are not supported: this command trains in one process")
+    if values.push_to_hub:
+        problems.append("push_to_hub is not supported: upload the run's adapter folder by `hf upload` when it is done")
     if values.padding_free or values.packing:
         problems.append(
             "packing and padding_free are not supported: models with alibi or eager attention would read across texts"

@@ -52,8 +52,6 @@ class MetricsWriter(TrainerCallback):
         self._seconds += time.perf_counter() - self._step_began  # steps alone: no evaluation, no checkpoint
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         if "loss" in logs:
             # TRL counts the tokens since the start of this process, padding left out.
             extra = {

@@ -26,6 +26,15 @@ COMMANDS = {
 }
 
 
+# What the library calls otherwise than the command line, which has TRL's names.
+_FLAGS = {
+    "name_or_path": "--model_name_or_path",
+    "target_modules": "--lora_target_modules",
+    "quant_type": "--bnb_4bit_quant_type",
+    "compress_statistics": "--use_bnb_nested_quant",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError("command", expected=" | ".join(COMMANDS), got=message, remedy="See `qlora --help`.")
@@ -49,12 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)
         importlib.import_module(f"qlora.{command}" if command != "plan" else "qlora.memory").main(words[1:])
     except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {_in_flags(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _in_flags(error: UserError) -> str:
+    """The message as one line, with the flag for an argument of the library."""
+    text = str(error)
+    if error.argument in _FLAGS:
+        text = _FLAGS[error.argument] + text.removeprefix(error.argument)
+    return " ".join(text.split())
 
 
 def _parser() -> _Parser:

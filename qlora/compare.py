@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     arguments, generation = parse(parser, argv, check_numbers)
     if arguments.adapter_path is None:
         raise UserError(
-            "adapter_path",
+            "--adapter_path",
             expected="an adapter to compare",
             got="none",
             remedy="Pass --adapter_path RUN_FOLDER.",

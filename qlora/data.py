@@ -53,7 +53,7 @@ def load_texts(data: DataArguments, column: str) -> tuple[Dataset, Dataset | Non
     texts = _texts(rows, column, data.dataset_name)
     if not texts:
         raise UserError(
-            "dataset_name",
+            "--dataset_name",
             expected=f"at least one text in {data.dataset_name}",
             got="none" if len(rows) == 0 else f"{len(rows)} rows whose {column!r} is empty",
             remedy="Choose another file, or another column by --dataset_text_field.",
@@ -62,7 +62,7 @@ def load_texts(data: DataArguments, column: str) -> tuple[Dataset, Dataset | Non
     held_out = texts[end : end + data.eval_samples] if end > 0 else []
     if len(held_out) < data.eval_samples:
         raise UserError(
-            "eval_samples",
+            "--eval_samples",
             expected=f"rows left after the first {max(end, 0)} for training",
             got=f"{data.eval_samples} asked for, {len(held_out)} left of {len(texts)}",
             remedy="Lower --max_samples or --eval_samples.",
@@ -113,7 +113,7 @@ def _read_file(path: Path) -> Dataset:
             return Dataset.from_dict({})
         cause = error.__cause__ or error
         raise UserError(
-            "dataset_name",
+            "--dataset_name",
             expected=f"a readable {path.suffix} file",
             got=f"{path}: {' '.join(str(cause).split())}",
             remedy="Mend or convert the file.",
@@ -126,7 +126,7 @@ def _read_hub(data: DataArguments) -> Dataset:
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, DatasetGenerationError, ValueError) as error:
         # ValueError: an unknown configuration or split; the text names those there are.
         raise UserError(
-            "dataset_name",
+            "--dataset_name",
             expected="a data set on the hub, a .csv, .jsonl or .txt file, or 'bundled'",
             got=f"{data.dataset_name!r}: {' '.join(str(error).split())}",
             remedy="Check the name and the network, or use --dataset_name bundled.",
@@ -135,7 +135,7 @@ def _read_hub(data: DataArguments) -> Dataset:
 
 def _not_found(name: str, got: str, remedy: str = "Check the path.") -> UserError:
     return UserError(
-        "dataset_name",
+        "--dataset_name",
         expected="a data set on the hub, a .csv, .jsonl or .txt file, or 'bundled'",
         got=f"{name!r}, {got}",
         remedy=remedy,
@@ -149,7 +149,7 @@ def _texts(rows: Dataset, column: str, name: str) -> list[str]:
         near = difflib.get_close_matches(column, rows.column_names, n=1)
         columns = ", ".join(rows.column_names)
         raise UserError(
-            "dataset_text_field",
+            "--dataset_text_field",
             expected=f"a column of {name} ({columns})",
             got=repr(column),
             remedy=f"Pass --dataset_text_field {(near or rows.column_names)[0]}, or another of these.",
@@ -158,7 +158,7 @@ def _texts(rows: Dataset, column: str, name: str) -> list[str]:
     odd = next((value for value in values if value is not None and not isinstance(value, str)), None)
     if odd is not None:
         raise UserError(
-            "dataset_text_field",
+            "--dataset_text_field",
             expected=f"text in column {column!r} of {name}",
             got=f"a {type(odd).__name__}: {str(odd)[:40]}",
             remedy="Choose a column that holds text.",

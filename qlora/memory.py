@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 from qkernels.errors import UserError
 
 from .arguments import DEFAULT_MODEL, LoraArguments, ModelArguments, PlanArguments, check_numbers, lora_targets
+from .checkpoint import is_local
 from .config import Parser, parse
 from .precision import choose_precision
-from .targets import resolve_target_modules
+from .targets import likely_target_modules, resolve_target_modules
 from .units import GIB
 
 # Memory that torch reports (GiB; below the nominal size) and compute capability.
@@ -116,16 +119,36 @@ def meta_model(name: str, revision: str = "main") -> nn.Module:
     Raises:
         UserError: no such model, or the hub cannot be reached.
     """
+    if is_local(name):
+        name = str(Path(name).expanduser())
     try:
         config = _KNOWN[name]() if name in _KNOWN else AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(
-            "model_name_or_path",
+            "--model_name_or_path",
             expected="a causal language model on the hub, or a folder with its config.json",
-            got=f"{name!r}: {' '.join(str(error).split())[:200]}",
+            got=f"{name!r}: {shorten(str(error), 200)}",
             remedy="Check the name, the folder and the network.",
+        ) from error
+
+
+def adapted_layers(model: nn.Module, lora: LoraArguments) -> list[str]:
+    """Full names of the layers that get an adapter.
+
+    Raises:
+        UserError: a target that the model does not have; the message has the flag to pass.
+    """
+    try:
+        return resolve_target_modules(model, lora_targets(lora))
+    except UserError as error:
+        names = " ".join(likely_target_modules(model))
+        raise UserError(
+            "--lora_target_modules",
+            expected=error.expected,
+            got=error.got,
+            remedy=f"Pass `--lora_target_modules {names}` or some of these, or `--lora_target_modules all-linear`.",
         ) from error
 
 
@@ -155,7 +178,7 @@ def plan(
     quantized = sum(linear.weight.numel() for linear in linears.values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     scale_bytes = 1 + 4 / 256 if double_quantization else 4
-    targets = [linears[name] for name in resolve_target_modules(model, lora_targets(lora)) if name in linears]
+    targets = [linears[name] for name in adapted_layers(model, lora) if name in linears]
     trainable = sum(lora.lora_r * (linear.in_features + linear.out_features) for linear in targets)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     return MemoryPlan(
@@ -254,6 +277,6 @@ def _gpu(asked: str | None) -> tuple[str, float, tuple[int, int]]:
         memory = 0.0
     if not 0 < memory < float("inf"):
         raise UserError(
-            "gpu", expected=f"one of {', '.join(GPUS)}, or GiB", got=repr(asked), remedy="For example --gpu 24."
+            "--gpu", expected=f"one of {', '.join(GPUS)}, or GiB", got=repr(asked), remedy="For example --gpu 24."
         )
     return "a GPU with bfloat16", memory, (8, 0)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     arguments, merge = parse(parser, argv, check_numbers)
     for name, value in (("adapter_path", arguments.adapter_path), ("output_dir", merge.output_dir)):
         if value is None:
-            raise UserError(name, expected="a folder", got="none", remedy=f"Pass --{name} FOLDER.")
+            raise UserError(f"--{name}", expected="a folder", got="none", remedy=f"Pass --{name} FOLDER.")
     dtype = getattr(torch, merge.dtype)
     refuse_existing(merge.output_dir)
     check_writable(merge.output_dir)

@@ -6,6 +6,7 @@ Room: the order of things and the run folder; the training is TRL's; loading, da
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import time
@@ -40,9 +41,8 @@ from .config import Parser, parse, resolved
 from .data import TEXT, load_texts, no_data_bars
 from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
 from .loading import prepare_model_for_training
-from .memory import meta_model, plan
+from .memory import adapted_layers, meta_model, plan
 from .report import RunResult, model_sizes, save_loss_plot, save_report
-from .targets import resolve_target_modules
 from .units import GIB, MIB
 
 Arguments = tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]
@@ -73,8 +73,9 @@ def train(arguments: Arguments) -> RunResult:
     print(f"precision: {policy.reason}")
     texts, held_out = load_texts(data, training.dataset_text_field)
     print(f"data: {len(texts)} texts of {data.dataset_name}" + (f", {len(held_out)} held out" if held_out else ""))
+    # Wrong targets are found in a moment without the weights, which take minutes.
+    adapted_layers(meta_model(model_arguments.model_name_or_path, model_arguments.model_revision), lora)
     model, tokenizer = load_base(model_arguments, policy.dtype, device_of(training.use_cpu))
-    resolve_target_modules(model, lora_targets(lora))
     sizes = model_sizes(model)
     print(
         f"model: {model_arguments.model_name_or_path}, its linear layers {sizes['quantized_16bit'] / MIB:,.1f} MiB in "
@@ -86,7 +87,7 @@ def train(arguments: Arguments) -> RunResult:
     with _run_folder(folder):
         with atomic_file(folder / "config.yaml") as file:
             file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        with no_data_bars():
+        with no_data_bars(), _making_trainer():
             trainer = Trainer(
                 model=model,
                 args=training,
@@ -109,6 +110,22 @@ def train(arguments: Arguments) -> RunResult:
         _run(trainer, result, data, checkpoint)
         _save(trainer, result, folder)
     return result
+
+
+@contextmanager
+def _making_trainer() -> Iterator[None]:
+    """Turn what the Trainer refuses when it is made into one `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            "configuration",
+            expected="settings that TRL's trainer accepts",
+            got=f"{type(error).__name__}: {error}",
+            remedy="Change the setting, or install the package, that it names.",
+        ) from error
 
 
 def _run(trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: str | None) -> None:
@@ -169,8 +186,6 @@ def _samples(trainer: Trainer, generation: GenerationArguments) -> list[str]:
 
 
 def _save(trainer: Trainer, result: RunResult, folder: Path) -> None:
-    if not trainer.is_world_process_zero():
-        return
     model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     with atomic_folder(folder / ADAPTER_FOLDER, replace=True) as adapter:
@@ -231,7 +246,7 @@ def _checkpoint_to_resume(folder: Path, resume: bool) -> str | None:
     if not resume:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(
-                "output_dir",
+                "--output_dir",
                 expected="a new folder",
                 got=f"{str(folder)!r}, which holds a run or something else",
                 remedy="Choose another --output_dir, or go on with --resume.",
@@ -242,7 +257,7 @@ def _checkpoint_to_resume(folder: Path, resume: bool) -> str | None:
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is None:
         raise UserError(
-            "resume",
+            "--resume",
             expected=f"a checkpoint in {str(folder)!r}",
             got="none",
             remedy="Name the run's folder by --output_dir, or start it without --resume.",
@@ -257,20 +272,24 @@ def main(argv: Sequence[str]) -> None:
     """`qlora train`.
 
     Raises:
-        UserError: see `train`; wrong flags or YAML; the default model on a machine without a GPU.
+        UserError: see `train`; wrong flags or YAML; several GPUs or processes; the default model on a machine without
+            a GPU.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":  # before parsing: transformers' TrainingArguments would wait for the other processes
+        raise UserError(
+            "WORLD_SIZE",
+            expected="1, since this command does not support training in several processes yet",
+            got=processes,
+            remedy="Use TRL's SFTTrainer with a model from qlora.load_pretrained_4bit.",
+        )
     parser = Parser((ModelArguments, LoraArguments, DataArguments, TrainingArguments), prog="qlora train")
     model, lora, data, training = parse(parser, argv, check_training)
     if model.model_name_or_path == DEFAULT_MODEL and not torch.cuda.is_available():
         raise _needs_gpu(lora, training)
     count = torch.cuda.device_count()
-    if count > 1 and not torch.distributed.is_initialized() and training.world_size == 1 and not training.use_cpu:
-        raise UserError(
-            "GPU",
-            expected="one GPU, or one process for each",
-            got=f"{count} GPUs and one process",
-            remedy="Start it with CUDA_VISIBLE_DEVICES=0, or by `accelerate launch -m qlora train ...`.",
-        )
+    if count > 1 and not training.use_cpu:
+        raise UserError("GPU", expected="one GPU", got=str(count), remedy="Start it with CUDA_VISIBLE_DEVICES=0.")
     train((model, lora, data, training))
 
 

@@ -54,6 +54,18 @@ def test_an_empty_prompt_is_refused_before_anything_is_loaded(command, capsys):
     assert "prompt holds an empty text" in refused(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("argument", "flag"),
+    [("name_or_path", "--model_name_or_path"), ("quant_type", "--bnb_4bit_quant_type"), ("file", "file")],
+)
+def test_an_argument_of_the_library_is_named_as_its_flag(capsys, monkeypatch, argument, flag):
+    def main(argv):
+        raise UserError(argument, expected="a", got="b", remedy="Do c.")
+
+    monkeypatch.setattr("qlora.memory.main", main)
+    assert refused(capsys, "plan") == f"qlora plan: {flag}: expected a, got b. Do c."
+
+
 def test_an_error_of_several_lines_becomes_one(capsys, monkeypatch):
     def main(argv):
         raise UserError("thing", expected="a", got="b\nc", remedy="Do d.")

@@ -103,6 +103,7 @@ def test_everything_wrong_is_said_at_once(file):
         (["--save_strategy", "best"], "save_strategy best needs metric_for_best_model"),
         (["--report_to", "wandbb"], "report_to: 'wandbb' is none of the trackers installed here (none, all"),
         (["--deepspeed", "x.json"], "deepspeed and fsdp are not supported"),
+        (["--push_to_hub"], "push_to_hub is not supported: upload the run's adapter folder by `hf upload`"),
         (["--config"], "--config"),
     ],
 )

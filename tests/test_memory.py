@@ -98,4 +98,13 @@ def test_wrong_input(capsys):
     assert "-3" in refused(capsys, "plan", "--gpu=-3")
     assert "query_key_value" in refused(capsys, "plan", "--lora_target_modules", "q_proj")
     assert "batch_size" in refused(capsys, "plan", "--batch_size", "0")
-    assert "nobody/nothing" in refused(capsys, "plan", "--model_name_or_path", "nobody/nothing")
+    message = refused(capsys, "plan", "--model_name_or_path", "nobody/nothing")
+    assert "--model_name_or_path" in message
+    assert "'nobody/nothing'" in message
+    assert " [...]. Check the name" in message  # cut between words
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert type(meta_model("~/model")).__name__ == "LlamaForCausalLM"

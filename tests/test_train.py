@@ -183,9 +183,44 @@ def test_bloom_trains_with_the_default_target(tmp_path):
 
 def test_an_unknown_target_names_likely_ones_and_leaves_nothing(model, tmp_path, capsys):
     message = refused(capsys, *train_flags(model, tmp_path / "run"), "--lora_target_modules", "qproj")
-    assert "qproj" in message
-    assert "q_proj" in message
+    assert "--lora_target_modules: expected names of linear layers of LlamaForCausalLM, got 'qproj'" in message
+    assert "Pass `--lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj` or" in message
+    assert "`--lora_target_modules all-linear`" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_targets_are_checked_without_the_weights(model, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = [flag for flag in train_flags(bare, tmp_path / "run") if flag not in ("q_proj", "v_proj")]
+    flags.remove("--lora_target_modules")  # the default is Bloom's
+    message = refused(capsys, *flags)
+    assert "'query_key_value'" in message
+    assert "--lora_target_modules q_proj k_proj v_proj o_proj" in message
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError])
+def test_what_the_trainer_refuses_is_one_line_and_leaves_nothing(model, tmp_path, capsys, monkeypatch, kind):
+    def make(self, **kwargs):
+        raise kind("no foo")
+
+    monkeypatch.setattr("qlora.train.Trainer.__init__", make)
+    message = refused(capsys, *train_flags(model, tmp_path / "run"))
+    assert f"expected settings that TRL's trainer accepts, got {kind.__name__}: no foo." in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(capsys, "train")
+    assert "WORLD_SIZE: expected 1" in message
+    assert "SFTTrainer" in message
+
+
+def test_several_gpus_are_refused(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    flags = [flag for flag in train_flags(model, tmp_path / "run") if flag != "--use_cpu=True"]
+    assert "GPU: expected one GPU, got 2. Start it with CUDA_VISIBLE_DEVICES=0." in refused(capsys, *flags)
 
 
 def test_a_missing_model_is_named(tmp_path, capsys):
@@ -273,6 +308,22 @@ def test_an_adapter_of_another_base_is_refused(run, tmp_path, capsys):
 def test_an_adapter_that_is_not_there(model, tmp_path, capsys):
     assert "does not exist" in refused(capsys, "generate", "--adapter_path", str(tmp_path / "nothing"))
     assert "which has none" in refused(capsys, "generate", "--adapter_path", str(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{bad", "expected a readable adapter"),
+        ("[]", "expected a JSON object"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": null}', "expected the name of the base model"),
+    ],
+)
+def test_an_adapter_that_cannot_be_read(tmp_path, capsys, text, part):
+    file = tmp_path / "adapter_config.json"
+    file.write_text(text, encoding="utf-8")
+    message = refused(capsys, "generate", "--adapter_path", str(tmp_path), "--use_cpu")
+    assert str(file) in message
+    assert part in message
 
 
 def test_merge_does_not_write_over_anything(model, tmp_path, capsys):
