@@ -31,10 +31,11 @@ from .format import BLOCKSIZES, NESTED_BLOCKSIZE
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.quantize import _quantize_4bit_kernel
-from .tuning import elementwise_config
+from .tuning import LaunchConfig, elementwise_config
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SHARED_LIMIT_BYTES = 64 * 1024
+_OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
 _DTYPES = ("fp32", "fp16", "bf16")
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
 
@@ -48,14 +49,14 @@ class Variant:
         kernel: the jit function.
         signature: Triton type of each run-time argument; an argument left out is None.
         constants: the compile-time arguments.
-        num_warps: warps a program.
+        config: the launch configuration.
     """
 
     name: str
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
+    config: LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def variants() -> Iterator[Variant]:
     Lengths divisible by 16 and others are told apart, and at one block size lengths of 2^31 and more.
     """
     for blocksize in BLOCKSIZES:
-        config = elementwise_config(blocksize)
-        tile = {"QUANT_BLOCK": blocksize, "ROWS": config.rows}
+        configs = {op: elementwise_config(op, blocksize) for op in _OPS}
+        tiles = {op: {"QUANT_BLOCK": blocksize, "ROWS": config.rows} for op, config in configs.items()}
         for dtype in _DTYPES:
             for length, words in _LENGTHS.items():
                 if length == "i64:16" and blocksize != 64:
@@ -108,8 +109,8 @@ def variants() -> Iterator[Variant]:
                             "table_ptr": "*i64",
                             **sizes,
                         },
-                        {"NF4": nf4, **tile, "USE_ASM": True},
-                        config.num_warps,
+                        {"NF4": nf4, **tiles["quantize_4bit"], "USE_ASM": True},
+                        configs["quantize_4bit"],
                     )
                 for nested in (False, True):
                     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
@@ -119,23 +120,23 @@ def variants() -> Iterator[Variant]:
                         {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}"}
                         | sizes
                         | (scales if nested else {}),
-                        {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile}
+                        {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tiles["dequantize_4bit"]}
                         | ({} if nested else dict.fromkeys(scales)),
-                        config.num_warps,
+                        configs["dequantize_4bit"],
                     )
                 yield Variant(
                     f"quantize_blockwise {tag}",
                     _quantize_blockwise_kernel,
                     {"x_ptr": f"*{dtype}", "code_ptr": "*fp32", "out_ptr": "*u8", "absmax_ptr": "*fp32", "n": length},
-                    {**tile, "USE_ASM": True},
-                    config.num_warps,
+                    {**tiles["quantize_blockwise"], "USE_ASM": True},
+                    configs["quantize_blockwise"],
                 )
                 yield Variant(
                     f"dequantize_blockwise {tag}",
                     _dequantize_blockwise_kernel,
                     {"x_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": length},
-                    tile,
-                    config.num_warps,
+                    tiles["dequantize_blockwise"],
+                    configs["dequantize_blockwise"],
                 )
 
 
@@ -162,7 +163,8 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs=aligned,
     )
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    config = variant.config
+    options = {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
 
 

@@ -29,7 +29,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 @torch.library.impl("qkernels::quantize_4bit", "CUDA")
 def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
     with _on_device_of(A):
-        return quantize_4bit_triton(A, blocksize, quant_type, quant_storage, elementwise_config(blocksize))
+        return quantize_4bit_triton(
+            A, blocksize, quant_type, quant_storage, elementwise_config("quantize_4bit", blocksize)
+        )
 
 
 @torch.library.impl("qkernels::dequantize_4bit.out", "CUDA")
@@ -44,7 +46,9 @@ def _(
     out: Tensor,
 ) -> None:
     with _on_device_of(A):
-        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, elementwise_config(blocksize), *nested)
+        dequantize_4bit_triton(
+            A, absmax, blocksize, quant_type, out, elementwise_config("dequantize_4bit", blocksize), *nested
+        )
 
 
 def dequantize_4bit(
@@ -58,7 +62,9 @@ def dequantize_4bit(
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=A.device)
     with _on_device_of(A):
-        dequantize_4bit_triton(A, absmax, blocksize, quant_type, out, elementwise_config(blocksize), *nested)
+        dequantize_4bit_triton(
+            A, absmax, blocksize, quant_type, out, elementwise_config("dequantize_4bit", blocksize), *nested
+        )
     return out
 
 
@@ -68,20 +74,24 @@ torch.library.impl("qkernels::dequantize_4bit", "CUDA", dequantize_4bit)
 @torch.library.impl("qkernels::quantize_blockwise", "CUDA")
 def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     with _on_device_of(A):
-        return quantize_blockwise_triton(A, code, blocksize, elementwise_config(blocksize))
+        return quantize_blockwise_triton(A, code, blocksize, elementwise_config("quantize_blockwise", blocksize))
 
 
 @torch.library.impl("qkernels::dequantize_blockwise.out", "CUDA")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, *, out: Tensor) -> None:
     with _on_device_of(A):
-        dequantize_blockwise_triton(A, absmax, code, blocksize, out, elementwise_config(blocksize))
+        dequantize_blockwise_triton(
+            A, absmax, code, blocksize, out, elementwise_config("dequantize_blockwise", blocksize)
+        )
 
 
 @torch.library.impl("qkernels::dequantize_blockwise", "CUDA")
 def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(A.shape, dtype=dtype, device=A.device)
     with _on_device_of(A):
-        dequantize_blockwise_triton(A, absmax, code, blocksize, out, elementwise_config(blocksize))
+        dequantize_blockwise_triton(
+            A, absmax, code, blocksize, out, elementwise_config("dequantize_blockwise", blocksize)
+        )
     return out
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qkernels import aot
+from qkernels.tuning import LaunchConfig
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
@@ -38,7 +39,8 @@ def _crowded_kernel(a_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def variant(kernel, dtype: str, block: int, num_warps: int = 4) -> aot.Variant:
     out = "*fp32" if kernel is _dot_kernel else f"*{dtype}"
-    return aot.Variant("planted", kernel, {"a_ptr": f"*{dtype}", "out_ptr": out}, {"BLOCK": block}, num_warps)
+    config = LaunchConfig(rows=1, num_warps=num_warps)
+    return aot.Variant("planted", kernel, {"a_ptr": f"*{dtype}", "out_ptr": out}, {"BLOCK": block}, config)
 
 
 def test_a_dot_that_became_fma_is_a_fault():

@@ -89,6 +89,7 @@ def quantize_blockwise_triton(
         ROWS=config.rows,
         USE_ASM=A.is_cuda,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         enable_fp_fusion=False,
     )
     return out, absmax
@@ -108,5 +109,6 @@ def dequantize_blockwise_triton(
         QUANT_BLOCK=blocksize,
         ROWS=config.rows,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         enable_fp_fusion=False,
     )

@@ -95,5 +95,6 @@ def dequantize_4bit_triton(
         QUANT_BLOCK=blocksize,
         ROWS=config.rows,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         enable_fp_fusion=False,
     )

@@ -130,6 +130,7 @@ def quantize_4bit_triton(
         ROWS=config.rows,
         USE_ASM=A.is_cuda,
         num_warps=config.num_warps,
+        maxnreg=config.max_registers,
         enable_fp_fusion=False,
     )
     return packed, absmax

@@ -50,7 +50,9 @@ def test_quantize_4bit(blocksize, quant_type, dtype):
     for n in LENGTHS:
         values = awkward_values(n, dtype)
         for storage in QUANT_STORAGES:
-            packed, absmax = quantize_4bit_triton(values, blocksize, quant_type, storage, elementwise_config(blocksize))
+            packed, absmax = quantize_4bit_triton(
+                values, blocksize, quant_type, storage, elementwise_config("quantize_4bit", blocksize)
+            )
             expected, expected_absmax = quantize_4bit_reference(values, blocksize, quant_type, storage)
             assert_bits_equal(packed, expected)
             assert_bits_equal(absmax, expected_absmax)
@@ -64,7 +66,7 @@ def test_quantize_4bit_at_every_threshold(quant_type):
     thresholds = torch.tensor(NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS)
     around = torch.cat([thresholds, *(torch.nextafter(thresholds, torch.tensor(s * torch.inf)) for s in (1, -1))])
     values = torch.cat([torch.ones(1), around, -around])
-    packed, _ = quantize_4bit_triton(values, 128, quant_type, torch.uint8, elementwise_config(128))
+    packed, _ = quantize_4bit_triton(values, 128, quant_type, torch.uint8, elementwise_config("quantize_4bit", 128))
     expected, _ = quantize_4bit_reference(values, 128, quant_type, torch.uint8)
     assert_bits_equal(packed, expected)
 
@@ -87,7 +89,7 @@ def test_dequantize_4bit(blocksize, quant_type, dtype):
                 blocksize,
                 quant_type,
                 out,
-                elementwise_config(blocksize),
+                elementwise_config("dequantize_4bit", blocksize),
                 *(nested or ()),
             )
             assert_bits_equal(out, dequantize_4bit_reference(packed, scales, blocksize, quant_type, (n,), dtype))
@@ -98,7 +100,7 @@ def test_dequantize_4bit(blocksize, quant_type, dtype):
 def test_blockwise(blocksize, dtype):
     for n in LENGTHS:
         values = awkward_values(n, dtype)
-        config = elementwise_config(blocksize)
+        config = elementwise_config("quantize_blockwise", blocksize)
         index, absmax = quantize_blockwise_triton(values, CODE, blocksize, config)
         expected, expected_absmax = quantize_blockwise_reference(values, CODE, blocksize)
         assert torch.equal(index, expected)
@@ -110,6 +112,6 @@ def test_blockwise(blocksize, dtype):
 
 def test_blockwise_breaks_ties_towards_the_even_index():
     values = torch.cat([torch.ones(1), (CODE[:-1] + CODE[1:]) * 0.5])
-    index, _ = quantize_blockwise_triton(values, CODE, 256, elementwise_config(256))
+    index, _ = quantize_blockwise_triton(values, CODE, 256, elementwise_config("quantize_blockwise", 256))
     assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256)[0])
     assert (index[1:-1] % 2 == 0).all()
