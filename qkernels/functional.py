@@ -334,11 +334,11 @@ def gemv_4bit(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants products with `x` in; None outside autocast."""
-    kind = x.device.type
-    # Asked first, since autocast knows nothing of the meta device and would raise.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Autocast knows nothing of the meta device and would raise.  (torch.amp.is_autocast_available would say so, but
+    # torch 2.11 cannot trace it.)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
