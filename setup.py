@@ -33,6 +33,7 @@ setup(
         "safetensors>=0.5",
         "PyYAML>=6",
         "matplotlib>=3.8",
+        "psutil>=5",
     ],
     extras_require={"demo": DEMO, "bench": BENCH, "dev": DEV, "docs": ["mkdocs>=1.6"]},
     entry_points={"console_scripts": ["qlora=qlora.cli:main"]},

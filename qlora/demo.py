@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     print(
         f"{MODEL} continues {len(_PROMPTS)} prompts in 4 bits (NF4), is fine-tuned with LoRA on {_TRAINED_ON} prompts "
-        "that come with qlora, and continues them again. On 2 CPU cores: about 4 minutes."
+        "that come with qlora, and continues them again. On 2 idle CPU cores: about 3 minutes."
     )
     _use_idle_cores()
     result = train(
