@@ -83,7 +83,13 @@ def load_pretrained_4bit(
         quant_storage=quant_storage,
         modules_to_not_convert=modules_to_not_convert,
     )
-    name = _local_folder(name_or_path, kwargs) if is_local(name_or_path) else os.fspath(name_or_path)
+    name = (
+        local_folder(
+            name_or_path, wanted=kwargs.get("gguf_file") or "config.json", subfolder=kwargs.get("subfolder", "")
+        )
+        if is_local(name_or_path)
+        else os.fspath(name_or_path)
+    )
     with one_error(name, kwargs):
         if kwargs.get("gguf_file") is not None:
             return quantize_model(_load_gguf(name, float_dtype, kwargs), config, target)
@@ -146,7 +152,16 @@ def _refuse_other_names(kwargs: dict[str, Any], device: Any) -> None:
             )
 
 
-def _local_folder(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
+def local_folder(name_or_path: str | os.PathLike[str], *, wanted: str = "config.json", subfolder: str = "") -> str:
+    """The folder of a checkpoint on this machine, expanded.
+
+    Args:
+        name_or_path: a path; `checkpoint.is_local` tells it from a hub's id.
+        wanted: the file that makes it a checkpoint, below `subfolder`.
+
+    Raises:
+        UserError: no such folder, or not a checkpoint's.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         raise UserError(
@@ -155,8 +170,7 @@ def _local_folder(name_or_path: str | os.PathLike[str], kwargs: dict[str, Any]) 
             got=f"{os.fspath(name_or_path)!r}, which is " + ("a file" if folder.exists() else "no folder here"),
             remedy="Check the path; a hub id has the form 'organization/model'.",
         )
-    wanted = kwargs.get("gguf_file") or "config.json"
-    if (folder / kwargs.get("subfolder", "") / wanted).is_file():
+    if (folder / subfolder / wanted).is_file():
         return str(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -21,6 +20,7 @@ from qkernels.errors import UserError
 from .arguments import DEFAULT_MODEL, LoraArguments, ModelArguments, PlanArguments, check_numbers, lora_targets
 from .checkpoint import is_local
 from .config import Parser, parse
+from .loading import local_folder
 from .precision import choose_precision
 from .targets import likely_target_modules, resolve_target_modules
 from .units import GIB
@@ -120,7 +120,7 @@ def meta_model(name: str, revision: str = "main") -> nn.Module:
         UserError: no such model, or the hub cannot be reached.
     """
     if is_local(name):
-        name = str(Path(name).expanduser())
+        name = local_folder(name)
     try:
         config = _KNOWN[name]() if name in _KNOWN else AutoConfig.from_pretrained(name, revision=revision)
         with torch.device("meta"):

@@ -71,10 +71,10 @@ def train(arguments: Arguments) -> RunResult:
     check_writable(folder)
     policy = precision_of(training)
     print(f"precision: {policy.reason}")
+    # A wrong model or wrong targets are found in a moment without the weights and the data, which take minutes.
+    adapted_layers(meta_model(model_arguments.model_name_or_path, model_arguments.model_revision), lora)
     texts, held_out = load_texts(data, training.dataset_text_field)
     print(f"data: {len(texts)} texts of {data.dataset_name}" + (f", {len(held_out)} held out" if held_out else ""))
-    # Wrong targets are found in a moment without the weights, which take minutes.
-    adapted_layers(meta_model(model_arguments.model_name_or_path, model_arguments.model_revision), lora)
     model, tokenizer = load_base(model_arguments, policy.dtype, device_of(training.use_cpu))
     sizes = model_sizes(model)
     print(

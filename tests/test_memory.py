@@ -10,7 +10,7 @@ import torch
 from models import save_tiny
 from runs import refused
 
-from qlora import load_pretrained_4bit
+from qlora import UserError, load_pretrained_4bit
 from qlora.arguments import LoraArguments
 from qlora.cli import main
 from qlora.memory import meta_model, plan
@@ -108,3 +108,9 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert type(meta_model("~/model")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "/nowhere/at/all"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(UserError, match=r"expected a folder with a checkpoint, .* which is no folder here"):
+        meta_model(name)
