@@ -55,3 +55,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# Checkpoints of tiny models.  models.py is imported where it is used: it brings transformers, which few tests need.
+
+
+@pytest.fixture(params=["llama", "bloom"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(name: str, tmp_path: Path) -> Path:
+    from models import save_tiny
+
+    return save_tiny(name, tmp_path / "float")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    from models import save_tiny
+
+    return save_tiny("llama", tmp_path / "llama")

@@ -22,21 +22,6 @@ from qlora.loading import load_pretrained_4bit, prepare_model_for_training
 from qlora.precision import PrecisionPolicy
 
 
-@pytest.fixture(params=["llama", "bloom"])
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def checkpoint(name, tmp_path):
-    return save_tiny(name, tmp_path / "float")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return save_tiny("llama", tmp_path / "llama")
-
-
 @pytest.fixture
 def saved(llama, tmp_path):
     load_pretrained_4bit(llama, blocksize=32).save_pretrained(tmp_path / "saved")

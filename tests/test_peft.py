@@ -26,21 +26,6 @@ from qlora.linear4bit import Linear4bit
 from qlora.loading import prepare_model_for_training
 
 
-@pytest.fixture(params=["llama", "bloom"])
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def checkpoint(name, tmp_path):
-    return save_tiny(name, tmp_path / "float")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return save_tiny("llama", tmp_path / "llama")
-
-
 def load(folder, dtype=torch.float32, **config):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4Config(**config), dtype=dtype)
 

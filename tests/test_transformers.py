@@ -32,21 +32,6 @@ DTYPES_AND_STORAGES = [
 ]
 
 
-@pytest.fixture(params=["llama", "bloom"])
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def checkpoint(name, tmp_path):
-    return save_tiny(name, tmp_path / "float")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return save_tiny("llama", tmp_path / "llama")
-
-
 def load(folder, config=None, **kwargs):
     if config is not None:  # an explicit None would erase what config.json says
         kwargs["quantization_config"] = config
