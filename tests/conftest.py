@@ -1,9 +1,10 @@
-"""Settings for every test: no network, few threads, GPU tests only where there is a GPU, and the record of a run."""
+"""Settings for every test: no network, few threads, GPU and slow tests only where they can run, the record of a run."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections import Counter
 from pathlib import Path
 
@@ -21,15 +22,27 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, help="write outcomes, versions and commit to this JSON file")
     parser.addoption("--commit", help="for a copy without .git: the commit, with + appended when files differ")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--seed", type=int, help="of the tests that draw new inputs in every run; default: a new one")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist hands the options to its workers after this, so that all of them have the same seed.
+    if config.option.seed is None:
+        config.option.seed = secrets.randbits(31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed of new inputs: {config.option.seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = config.option.slow or "slow" in config.option.markexpr
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if "slow" in item.keywords and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -45,6 +58,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     }
     record = {
         **environment("cuda" if torch.cuda.is_available() else "cpu", commit=session.config.getoption("--commit")),
+        "seed": session.config.option.seed,
         "totals": {outcome: sum(counts.values()) for outcome, counts in outcomes.items()},
         "tests": outcomes,
     }
@@ -55,6 +69,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def new_inputs(_seed: None, pytestconfig: pytest.Config) -> None:
+    """Other random inputs in each run; `--seed`, printed and recorded, repeats them."""
+    torch.manual_seed(pytestconfig.option.seed)
 
 
 # Checkpoints of tiny models.  models.py is imported where it is used: it brings transformers, which few tests need.

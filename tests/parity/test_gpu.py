@@ -1,4 +1,7 @@
-"""Bit for bit against the real bitsandbytes on the GPU, in the same process: the yardstick itself."""
+"""Bit for bit against the real bitsandbytes on the GPU, in the same process: the yardstick itself.
+
+The random inputs are other ones in each run (`--seed` repeats them); `test_gpu_exhaustive.py` leaves nothing to chance.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,57 @@ import bitsandbytes
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from exact import assert_bits_equal
 
 import qkernels
 from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("new_inputs")]
+
+
+def many_values(dtype: torch.dtype) -> torch.Tensor:
+    """2^27 normal values; the 4096 of each row have a standard deviation of their own, 2^-12 to 2^12."""
+    values = torch.randn(2**15, 4096, device="cuda")
+    values *= torch.empty(2**15, 1, device="cuda").uniform_(-12, 12).exp2_()
+    return values.to(dtype)
 
 
 def assert_states_equal(ours, theirs) -> None:
-    assert torch.equal(ours.absmax, theirs.absmax)
+    assert_bits_equal(ours.absmax, theirs.absmax)
+    assert (ours.state2 is not None) == theirs.nested
     if theirs.nested:
-        assert torch.equal(ours.state2.absmax, theirs.state2.absmax)
-        assert torch.equal(ours.state2.code, theirs.state2.code)
-        assert torch.equal(ours.offset, theirs.offset)
+        assert_bits_equal(ours.state2.absmax, theirs.state2.absmax)
+        assert_bits_equal(ours.state2.code, theirs.state2.code)
+        assert_bits_equal(ours.offset, theirs.offset)
+
+
+def assert_round_trip_equal(values: torch.Tensor, check_finite: bool = True, **options) -> None:
+    """Codes, scales, offset and decoded values."""
+    packed, state = qkernels.quantize_4bit(values, check_finite=check_finite, **options)
+    expected, expected_state = bnb.quantize_4bit(values, **options)
+    assert_bits_equal(packed, expected)
+    assert_states_equal(state, expected_state)
+    assert_bits_equal(qkernels.dequantize_4bit(packed, state), bnb.dequantize_4bit(expected, expected_state))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_two_to_the_27_values(blocksize, quant_type, dtype):
+    values = many_values(dtype)
+    options = {"blocksize": blocksize, "quant_type": quant_type}
+    # With and without the check: two builds of the quantizer.
+    assert_round_trip_equal(values, **options, check_finite=True)
+    assert_round_trip_equal(values, **options, check_finite=False, compress_statistics=True)
+
+
 @pytest.mark.parametrize("nested", [False, True])
-def test_everything_is_equal(blocksize, quant_type, dtype, nested):
-    weight = torch.randn(4096, 8192, device="cuda").to(dtype)
-    options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
-    packed, state = qkernels.quantize_4bit(weight, **options)
-    expected, expected_state = bnb.quantize_4bit(weight, **options)
-    assert torch.equal(packed, expected)
-    assert_states_equal(state, expected_state)
-    assert torch.equal(qkernels.dequantize_4bit(packed, state), bnb.dequantize_4bit(expected, expected_state))
-
-
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_every_odd_length(dtype, quant_type):
+def test_every_length(dtype, quant_type, nested):
     for n in range(1, 131):
         values = torch.randn(n, device="cuda").to(dtype)
-        packed, state = qkernels.quantize_4bit(values, quant_type=quant_type)
-        expected, expected_state = bnb.quantize_4bit(values, quant_type=quant_type)
-        assert torch.equal(packed, expected), n
-        assert_states_equal(state, expected_state)
+        assert_round_trip_equal(values, quant_type=quant_type, compress_statistics=nested)
 
 
 @pytest.mark.parametrize("storage", QUANT_STORAGES)
@@ -52,22 +68,22 @@ def test_wire_form(storage):
     options = {"quant_type": "nf4", "quant_storage": storage, "compress_statistics": True}
     packed, state = qkernels.quantize_4bit(weight, **options)
     expected, expected_state = bnb.quantize_4bit(weight, **options)
-    assert packed.shape == expected.shape
-    assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
+    assert_bits_equal(packed, expected)
     ours, theirs = state.as_dict(packed=True), expected_state.as_dict(packed=True)
     assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for key in ours:
+        assert_bits_equal(ours[key], theirs[key])
 
 
-@pytest.mark.parametrize("blocksize", [blocksize for blocksize in BLOCKSIZES if blocksize > 32])
+@pytest.mark.parametrize("blocksize", [size for size in BLOCKSIZES if size > 32])  # bitsandbytes has no 32
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_blockwise(blocksize, dtype):
-    values = torch.randn(1024, 4096, device="cuda").to(dtype)
+    values = many_values(dtype)
     index, state = qkernels.quantize_blockwise(values, blocksize=blocksize)
     expected, expected_state = bnb.quantize_blockwise(values, blocksize=blocksize)
-    assert torch.equal(index, expected)
-    assert torch.equal(state.absmax, expected_state.absmax)
-    assert torch.equal(qkernels.dequantize_blockwise(index, state), bnb.dequantize_blockwise(expected, expected_state))
+    assert_bits_equal(index, expected)
+    assert_bits_equal(state.absmax, expected_state.absmax)
+    assert_bits_equal(qkernels.dequantize_blockwise(index, state), bnb.dequantize_blockwise(expected, expected_state))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
