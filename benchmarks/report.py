@@ -1,7 +1,8 @@
-"""Results as files: JSON lines, one row a case of a stack, and a Markdown page made from the same rows."""
+"""Results as files: CSV; or JSON lines, one row a case of a stack, and a Markdown page made from the same rows."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -52,6 +53,16 @@ def file_stem(folder: Path, model: str, device: str, date: str, suffix: str = ".
     while (candidate := stem if number == 1 else Path(f"{stem}-{number}")).with_suffix(suffix).exists():
         number += 1
     return candidate
+
+
+def write_csv(stem: Path, rows: list[Row]) -> Path:
+    """Write `STEM.csv` whole, its columns those of the first row; returns its path."""
+    path = stem.with_suffix(".csv")
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def write(stem: Path, rows: list[Row]) -> None:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,11 +17,9 @@ from typing import Any
 
 import torch
 
-from qlora.checkpoint import atomic_file
-
 from .environment import environment
 from .operations import OPERATIONS, SHAPES, Measured, copy
-from .report import file_stem
+from .report import file_stem, write_csv
 from .timing import Call, Timing, flushed, graph, wall
 
 Row = dict[str, Any]
@@ -39,17 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     common = environment(device, commit=options.commit)
     names = "-".join(options.op)
-    path = file_stem(options.out, names, str(common["gpu"] or "cpu"), str(common["date"]), ".csv").with_suffix(".csv")
+    stem = file_stem(options.out, names, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
     rows: list[Row] = []
     for row in _rows(options, device):
         rows.append({**row, **common})
         print(_line(row), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {path}")
+    print(f"written: {write_csv(stem, rows)}")
     return 0
 
 
