@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,36 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from .format import BLOCKSIZES, NESTED_BLOCKSIZE
-from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
-from .kernels.dequantize import _dequantize_4bit_kernel
-from .kernels.quantize import _quantize_4bit_kernel
-from .tuning import LaunchConfig, elementwise_config
+from .variants import Variant, variants
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SHARED_LIMIT_BYTES = 64 * 1024
-_OPS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
-_DTYPES = ("fp32", "fp16", "bf16")
-_LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialization of a kernel.
-
-    Attributes:
-        name: kernel and what distinguishes the variant.
-        kernel: the jit function.
-        signature: Triton type of each run-time argument; an argument left out is None.
-        constants: the compile-time arguments.
-        config: the launch configuration.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    config: LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -82,62 +56,6 @@ class Resources:
         if self.has_dot and not self.tensor_core:
             found.append("tl.dot became FMA")
         return found
-
-
-def variants() -> Iterator[Variant]:
-    """Every specialization that the operators can launch, but for the length 1, which Triton folds into the code.
-
-    Lengths divisible by 16 and others are told apart, and at one block size lengths of 2^31 and more.
-    """
-    for blocksize in BLOCKSIZES:
-        configs = {op: elementwise_config(op, blocksize) for op in _OPS}
-        tiles = {op: {"QUANT_BLOCK": blocksize, "ROWS": config.rows} for op, config in configs.items()}
-        for dtype in _DTYPES:
-            for length, words in _LENGTHS.items():
-                if length == "i64:16" and blocksize != 64:
-                    continue
-                tag = f"{dtype} blocksize={blocksize} {words}"
-                sizes = {"n": length, "n_bytes": length}
-                for nf4 in (True, False):
-                    yield Variant(
-                        f"quantize_4bit {'nf4' if nf4 else 'fp4'} {tag}",
-                        _quantize_4bit_kernel,
-                        {
-                            "x_ptr": f"*{dtype}",
-                            "packed_ptr": "*u8",
-                            "absmax_ptr": "*fp32",
-                            "table_ptr": "*i64",
-                            **sizes,
-                        },
-                        {"NF4": nf4, **tiles["quantize_4bit"], "USE_ASM": True},
-                        configs["quantize_4bit"],
-                    )
-                for nested in (False, True):
-                    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
-                    yield Variant(
-                        f"dequantize_4bit {'nested ' if nested else ''}{tag}",
-                        _dequantize_4bit_kernel,
-                        {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-                        | sizes
-                        | (scales if nested else {}),
-                        {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tiles["dequantize_4bit"]}
-                        | ({} if nested else dict.fromkeys(scales)),
-                        configs["dequantize_4bit"],
-                    )
-                yield Variant(
-                    f"quantize_blockwise {tag}",
-                    _quantize_blockwise_kernel,
-                    {"x_ptr": f"*{dtype}", "code_ptr": "*fp32", "out_ptr": "*u8", "absmax_ptr": "*fp32", "n": length},
-                    {**tiles["quantize_blockwise"], "USE_ASM": True},
-                    configs["quantize_blockwise"],
-                )
-                yield Variant(
-                    f"dequantize_blockwise {tag}",
-                    _dequantize_blockwise_kernel,
-                    {"x_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": length},
-                    tiles["dequantize_blockwise"],
-                    configs["dequantize_blockwise"],
-                )
 
 
 def compile_variant(variant: Variant, arch: str) -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, checks  # noqa: F401  (autograd registers the operators and their gradients)
+from . import autograd, checks  # noqa: F401  (autograd registers the gradients)
 from .errors import UserError
 from .format import NESTED_BLOCKSIZE, code_table, dynamic_map
+from .ops import operator
 from .quant_state import QuantState
 
 
@@ -35,8 +36,8 @@ def quantize_4bit(
         compress_statistics: quantize the scales to 8 bits (double quantization).
         quant_type: "nf4" or "fp4".
         quant_storage: dtype that the packed bytes are viewed as: uint8, float16, bfloat16 or float32.
-        check_finite: raise on NaN and Inf.  It reads A once more and waits for the device, so it is skipped while
-            torch.compile traces or a CUDA graph is captured.  When False, a NaN takes index 0 and is ignored by its
+        check_finite: raise on NaN and Inf.  It waits for the device, so it is skipped while torch.compile traces or a
+            CUDA graph is captured.  When False, a NaN takes index 0 and is ignored by its
             block's scale, and an Inf makes its block's scale infinite.
 
     Returns:
@@ -52,13 +53,16 @@ def quantize_4bit(
     checks.check_blocksize(blocksize)
     checks.check_quant_type(quant_type)
     checks.check_quant_storage(quant_storage)
-    if check_finite and not _must_not_wait(A):
-        checks.check_finite("A", A)
-    packed, scales = torch.ops.qkernels.quantize_4bit.default(A.contiguous(), blocksize, quant_type, quant_storage)
+    check = check_finite and not _must_not_wait(A)
+    packed, scales = operator("quantize_4bit", A)(A.contiguous(), blocksize, quant_type, quant_storage, check)
+    # The scales carry every NaN and Inf, and so does their mean.
+    mean = scales.mean() if compress_statistics or check else None
     offset, state2 = None, None
     if compress_statistics:
-        offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=NESTED_BLOCKSIZE)
+        offset = mean
+        scales, state2 = _quantize_scales(scales, offset, dynamic_map(A.device), NESTED_BLOCKSIZE)
+    if check and not mean.isfinite():  # type: ignore[union-attr]
+        checks.check_finite("A", A)
     if absmax is not None:
         checks.check_out("absmax", absmax, scales.shape, scales.dtype, scales.device)
         scales = absmax.copy_(scales)
@@ -143,11 +147,11 @@ def dequantize_4bit(
     scales, nested = _scales(quant_state)
     arguments = (A, scales, quant_state.blocksize, quant_state.quant_type, quant_state.shape, quant_state.dtype)
     if out is None:
-        return torch.ops.qkernels.dequantize_4bit.default(*arguments, *nested)
+        return operator("dequantize_4bit", A)(*arguments, *nested)
     assert quant_state.shape is not None
     assert quant_state.dtype is not None
     checks.check_out("out", out, torch.Size(quant_state.shape), quant_state.dtype, A.device)
-    torch.ops.qkernels.dequantize_4bit.out(*arguments, *nested, out=out)
+    operator("dequantize_4bit.out", A)(*arguments, *nested, out=out)
     return out
 
 
@@ -204,11 +208,11 @@ def quantize_blockwise(
         code = dynamic_map(A.device)
     checks.check_code("code", code)
     checks.check_same_device("code", code, "A", A)
-    index, scales = torch.ops.qkernels.quantize_blockwise.default(A.contiguous(), code, blocksize)
+    index, scales = operator("quantize_blockwise", A)(A.contiguous(), code, blocksize, None)
     offset, state2 = None, None
     if nested:
         offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
+        scales, state2 = _quantize_scales(scales, offset, dynamic_map(A.device), blocksize)
     if absmax is not None:
         checks.check_out("absmax", absmax, scales.shape, scales.dtype, scales.device)
         scales = absmax.copy_(scales)
@@ -269,9 +273,9 @@ def dequantize_blockwise(
     checks.check_same_device("code", code, "A", A)  # type: ignore[arg-type]
     arguments = (A.contiguous(), scales, code, blocksize, dtype)
     if out is None:
-        return torch.ops.qkernels.dequantize_blockwise.default(*arguments)
+        return operator("dequantize_blockwise", A)(*arguments)
     checks.check_out("out", out, A.shape, dtype, A.device)  # type: ignore[arg-type]
-    torch.ops.qkernels.dequantize_blockwise.out(*arguments, out=out)
+    operator("dequantize_blockwise.out", A)(*arguments, out=out)
     return out
 
 
@@ -346,6 +350,12 @@ def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tenso
     if quant_state.state2 is None:
         return quant_state.absmax, (None, None, None)
     return quant_state.state2.absmax, (quant_state.absmax, quant_state.state2.code, quant_state.offset)
+
+
+def _quantize_scales(scales: Tensor, offset: Tensor | None, code: Tensor, blocksize: int) -> tuple[Tensor, QuantState]:
+    """Double quantization: the scales less their mean, in 8 bits."""
+    index, absmax = operator("quantize_blockwise", scales)(scales, code, blocksize, offset)
+    return index, QuantState(absmax, scales.shape, code, blocksize, dtype=scales.dtype)
 
 
 def _must_not_wait(A: Tensor) -> bool:

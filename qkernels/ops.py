@@ -11,7 +11,8 @@ given; without, these are None and `absmax` holds one scale a block.  (The conve
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,12 @@ _DEQUANTIZE = f"Tensor A, Tensor absmax, int blocksize, str quant_type, int[] sh
 _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
 
 SCHEMAS = {
-    "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    "quantize_4bit": (
+        "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage, bool propagate_nan) -> (Tensor, Tensor)"
+    ),
     "dequantize_4bit": f"({_DEQUANTIZE}) -> Tensor",
     "dequantize_4bit.out": f"({_DEQUANTIZE}, *, Tensor(a!) out) -> ()",
-    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize, Tensor? offset) -> (Tensor, Tensor)",
     "dequantize_blockwise": f"({_DEQUANTIZE_BLOCKWISE}) -> Tensor",
     "dequantize_blockwise.out": f"({_DEQUANTIZE_BLOCKWISE}, *, Tensor(a!) out) -> ()",
     # y[..., N] = A[..., K] W[N, K]^T + bias
@@ -48,7 +51,9 @@ for _name, _schema in SCHEMAS.items():
 
 
 @torch.library.register_fake("qkernels::quantize_4bit")
-def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, propagate_nan: bool
+) -> tuple[Tensor, Tensor]:
     n = A.numel()
     packed = A.new_empty((packed_length(n, quant_storage), 1), dtype=quant_storage)
     return packed, A.new_empty(block_count(n, blocksize), dtype=torch.float32)
@@ -76,7 +81,7 @@ def _(*args: object, out: Tensor) -> None:
 
 
 @torch.library.register_fake("qkernels::quantize_blockwise")
-def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def _(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
     return A.new_empty(A.shape, dtype=torch.uint8), absmax
 
@@ -100,8 +105,10 @@ def _(grad: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
 
 
 @torch.library.impl("qkernels::quantize_4bit", "CPU")
-def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    return quantize_4bit_reference(A, blocksize, quant_type, quant_storage)
+def _(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, propagate_nan: bool
+) -> tuple[Tensor, Tensor]:
+    return quantize_4bit_reference(A, blocksize, quant_type, quant_storage, propagate_nan)
 
 
 @torch.library.impl("qkernels::dequantize_4bit", "CPU")
@@ -129,8 +136,8 @@ def _(*args: object, out: Tensor) -> None:
 
 
 @torch.library.impl("qkernels::quantize_blockwise", "CPU")
-def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    return quantize_blockwise_reference(A, code, blocksize)
+def _(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    return quantize_blockwise_reference(A, code, blocksize, offset)
 
 
 @torch.library.impl("qkernels::dequantize_blockwise", "CPU")
@@ -177,4 +184,28 @@ def _(
 
 # Triton exists on Linux only; elsewhere the CPU operators above are all there is.
 if importlib.util.find_spec("triton") is not None:
-    from . import ops_cuda  # noqa: F401
+    from .ops_cuda import IMPLEMENTATIONS as _CUDA
+else:
+    _CUDA = {}
+
+_OPERATORS = {
+    name: getattr(getattr(torch.ops.qkernels, name.split(".")[0]), (name + ".default").split(".")[1])
+    for name in SCHEMAS
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
+    """The operator of that name; for a plain CUDA tensor in eager mode, the function it would end in.
+
+    The way through torch's dispatcher takes longer than a small kernel runs.  It is kept wherever something may be
+    listening or tracing: torch.compile, tensor subclasses (fake tensors among them), dispatch modes, function
+    transforms.  Whoever asks must not need a gradient.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.is_cuda or _observed():
+        return _OPERATORS[name]
+    return _CUDA[name]
+
+
+def _observed() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None

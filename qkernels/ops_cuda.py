@@ -6,8 +6,9 @@ launch first makes the tensor's device the current one; the caller's stream is k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +27,15 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-@torch.library.impl("qkernels::quantize_4bit", "CUDA")
-def _(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, propagate_nan: bool
+) -> tuple[Tensor, Tensor]:
+    config = elementwise_config("quantize_4bit", blocksize)
     with _on_device_of(A):
-        return quantize_4bit_triton(
-            A, blocksize, quant_type, quant_storage, elementwise_config("quantize_4bit", blocksize)
-        )
+        return quantize_4bit_triton(A, blocksize, quant_type, quant_storage, propagate_nan, config)
 
 
-@torch.library.impl("qkernels::dequantize_4bit.out", "CUDA")
-def _(
+def dequantize_4bit_out(
     A: Tensor,
     absmax: Tensor,
     blocksize: int,
@@ -61,37 +61,27 @@ def dequantize_4bit(
     *nested: Tensor | None,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=A.device)
-    with _on_device_of(A):
-        dequantize_4bit_triton(
-            A, absmax, blocksize, quant_type, out, elementwise_config("dequantize_4bit", blocksize), *nested
-        )
+    dequantize_4bit_out(A, absmax, blocksize, quant_type, shape, dtype, *nested, out=out)
     return out
 
 
-torch.library.impl("qkernels::dequantize_4bit", "CUDA", dequantize_4bit)
-
-
-@torch.library.impl("qkernels::quantize_blockwise", "CUDA")
-def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    config = elementwise_config("quantize_blockwise", blocksize)
     with _on_device_of(A):
-        return quantize_blockwise_triton(A, code, blocksize, elementwise_config("quantize_blockwise", blocksize))
+        return quantize_blockwise_triton(A, code, blocksize, offset, config)
 
 
-@torch.library.impl("qkernels::dequantize_blockwise.out", "CUDA")
-def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, *, out: Tensor) -> None:
+def dequantize_blockwise_out(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, *, out: Tensor
+) -> None:
+    config = elementwise_config("dequantize_blockwise", blocksize)
     with _on_device_of(A):
-        dequantize_blockwise_triton(
-            A, absmax, code, blocksize, out, elementwise_config("dequantize_blockwise", blocksize)
-        )
+        dequantize_blockwise_triton(A, absmax, code, blocksize, out, config)
 
 
-@torch.library.impl("qkernels::dequantize_blockwise", "CUDA")
-def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(A.shape, dtype=dtype, device=A.device)
-    with _on_device_of(A):
-        dequantize_blockwise_triton(
-            A, absmax, code, blocksize, out, elementwise_config("dequantize_blockwise", blocksize)
-        )
+    dequantize_blockwise_out(A, absmax, code, blocksize, dtype, out=out)
     return out
 
 
@@ -99,8 +89,7 @@ def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtyp
 # operator: a second trip through the dispatcher costs more than the launch.
 
 
-@torch.library.impl("qkernels::gemm_4bit", "CUDA")
-def _(
+def gemm_4bit(
     A: Tensor,
     B: Tensor,
     shapeB: Sequence[int],
@@ -113,8 +102,7 @@ def _(
     return F.linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
 
 
-@torch.library.impl("qkernels::gemm_4bit_dx", "CUDA")
-def _(
+def gemm_4bit_dx(
     grad: Tensor,
     B: Tensor,
     shapeB: Sequence[int],
@@ -124,3 +112,17 @@ def _(
     *nested: Tensor | None,
 ) -> Tensor:
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "quantize_4bit": quantize_4bit,
+    "dequantize_4bit": dequantize_4bit,
+    "dequantize_4bit.out": dequantize_4bit_out,
+    "quantize_blockwise": quantize_blockwise,
+    "dequantize_blockwise": dequantize_blockwise,
+    "dequantize_blockwise.out": dequantize_blockwise_out,
+    "gemm_4bit": gemm_4bit,
+    "gemm_4bit_dx": gemm_4bit_dx,
+}
+for _name, _implementation in IMPLEMENTATIONS.items():
+    torch.library.impl(f"qkernels::{_name}", "CUDA", _implementation)

@@ -38,18 +38,20 @@ def quantize_4bit_reference(
     blocksize: int,
     quant_type: str,
     quant_storage: torch.dtype,
+    propagate_nan: bool = False,
     reciprocal: Callable[[torch.Tensor], torch.Tensor] = exact_reciprocal,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to packed 4-bit codes.
 
     Args:
         A: float32, float16 or bfloat16, any shape.
+        propagate_nan: a NaN makes its block's scale NaN; else the scale ignores it, as in bitsandbytes.
 
     Returns:
         packed bytes viewed as `quant_storage`, shape [ceil(ceil(n/2) / itemsize), 1], padding bytes zero; and absmax
         float32[ceil(n/blocksize)].
     """
-    scaled, absmax = _scale_blocks(A, blocksize, reciprocal)
+    scaled, absmax = _scale_blocks(A, blocksize, reciprocal, propagate_nan)
     if quant_type == "nf4":
         index = torch.bucketize(scaled, scaled.new_tensor(NF4_THRESHOLDS), out_int32=True)
     else:
@@ -93,6 +95,7 @@ def quantize_blockwise_reference(
     A: torch.Tensor,
     code: torch.Tensor,
     blocksize: int,
+    offset: torch.Tensor | None = None,
     reciprocal: Callable[[torch.Tensor], torch.Tensor] = exact_reciprocal,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize to 8-bit indices into `code`.
@@ -100,11 +103,12 @@ def quantize_blockwise_reference(
     Args:
         A: float32, float16 or bfloat16, any shape.
         code: float32[256], ascending.
+        offset: float32 scalar tensor, subtracted from A in float32; None is zero.
 
     Returns:
         uint8 indices of A's shape, and absmax float32[ceil(n/blocksize)].
     """
-    scaled, absmax = _scale_blocks(A, blocksize, reciprocal)
+    scaled, absmax = _scale_blocks(A if offset is None else A.float() - offset, blocksize, reciprocal)
     index = torch.bucketize(scaled, blockwise_thresholds(code), out_int32=True)
     # A NaN (an all-zero block: 0 * inf) fails every comparison, so it takes index 0.
     index = torch.where(scaled.isnan(), 0, index)
@@ -142,15 +146,19 @@ def pack_nibbles(index: torch.Tensor, quant_storage: torch.dtype) -> torch.Tenso
 
 
 def _scale_blocks(
-    A: torch.Tensor, blocksize: int, reciprocal: Callable[[torch.Tensor], torch.Tensor]
+    A: torch.Tensor,
+    blocksize: int,
+    reciprocal: Callable[[torch.Tensor], torch.Tensor],
+    propagate_nan: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks divided by their absmax, float32[blocks, blocksize] (the tail padded with zeros), and absmax."""
     n = A.numel()
     blocks = A.new_zeros(block_count(n, blocksize) * blocksize, dtype=torch.float32)
     blocks[:n] = A.reshape(-1)
     blocks = blocks.reshape(-1, blocksize)
-    # The GPU's maximum skips NaN, and flushes a subnormal result to zero.
-    absmax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+    # The GPU's maximum skips NaN unless told otherwise, and flushes a subnormal result to zero.
+    magnitude = blocks.abs()
+    absmax = (magnitude if propagate_nan else magnitude.nan_to_num(nan=0.0, posinf=torch.inf)).amax(dim=1)
     absmax = torch.where(absmax < SMALLEST_NORMAL, 0.0, absmax)
     # A product with the reciprocal, not a quotient: so does the GPU, and the two round differently.
     return blocks * reciprocal(absmax)[:, None], absmax

@@ -38,14 +38,15 @@ def test_dequantize_4bit(nested):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_quantize_4bit(storage):
-    opcheck(OPS.quantize_4bit.default, (torch.randn(5, 7), 64, "fp4", storage))
+    opcheck(OPS.quantize_4bit.default, (torch.randn(5, 7), 64, "fp4", storage, False))
 
 
 def test_blockwise():
     values = torch.randn(24, 40)
     index, state = quantize_blockwise(values, blocksize=256)
     arguments = (index, state.absmax, state.code, 256, torch.float32)
-    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256))
+    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256, None))
+    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256, torch.tensor(0.1)))
     opcheck(OPS.dequantize_blockwise.default, arguments)
     opcheck(OPS.dequantize_blockwise.out, arguments, {"out": torch.empty(24, 40)})
 

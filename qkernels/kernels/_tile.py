@@ -33,6 +33,12 @@ def reciprocal(absmax, USE_ASM: tl.constexpr):
 
 
 @triton.jit
+def lane_id():
+    """This thread's number within its warp, a scalar to Triton though it differs between threads (no interpreter)."""
+    return tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [0], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def load_absmax(
     absmax_ptr,
     absmax_8bit_ptr,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..format import NESTED_BLOCKSIZE, code_table, packed_length
 from ..tuning import LaunchConfig
+from ._launch import Launcher
 from ._tile import load_absmax
 
 
@@ -61,6 +62,9 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
 
 
+_launch = Launcher(_dequantize_4bit_kernel, as_bytes=(0,), enable_fp_fusion=False)
+
+
 def dequantize_4bit_triton(
     A: torch.Tensor,
     absmax: torch.Tensor,
@@ -80,21 +84,10 @@ def dequantize_4bit_triton(
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.
     """
     n = out.numel()
-    _dequantize_4bit_kernel[(triton.cdiv(n, blocksize * config.rows),)](
-        A.view(torch.uint8),
-        absmax,
-        absmax_8bit,
-        absmax_code,
-        absmax_offset,
-        code_table(quant_type, A.device),
-        out,
-        n,
-        packed_length(n),
-        NESTED=absmax_8bit is not None,
-        NESTED_BLOCK=NESTED_BLOCKSIZE,
-        QUANT_BLOCK=blocksize,
-        ROWS=config.rows,
-        num_warps=config.num_warps,
-        maxnreg=config.max_registers,
-        enable_fp_fusion=False,
+    _launch(
+        (-(-n // (blocksize * config.rows)), 1, 1),
+        (A, absmax, absmax_8bit, absmax_code, absmax_offset, code_table(quant_type, A.device), out),
+        (n, packed_length(n)),
+        (absmax_8bit is not None, NESTED_BLOCKSIZE, blocksize, config.rows),
+        config,
     )

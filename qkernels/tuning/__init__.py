@@ -5,11 +5,10 @@ Room: tables as reviewed Python.  No autotuning on the user's path: it stalls th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(NamedTuple):
     """Attributes:
     rows: quantization blocks a program works on, a power of two.
     num_warps: warps a program.
@@ -21,16 +20,28 @@ class LaunchConfig:
     max_registers: int | None = None
 
 
-# A tile of 4096 elements is the largest block, so every blocksize has the same tile.  Over 8 warps it is 16 elements a
-# thread: two 16-byte loads of 16-bit weights in flight, and a quarter of the registers that would limit occupancy.
-_TILE = 4096
-_NUM_WARPS = 8
+class _Tile(NamedTuple):
+    """Elements and warps a program; where blocks are larger both grow to a whole block."""
+
+    elements: int
+    num_warps: int
+    max_registers: int | None
 
 
-# Left to itself ptxas squeezes some variants of the quantizers into 32 or 64 registers and spills a few bytes for it.
-# With limits of 40 and 48 others spill, with 64 none does, and four programs of 8 warps fit a multiprocessor.  The
-# 8-bit quantizer bisects, needs up to 88, and runs on a 64th of the data.  `python -m qkernels.aot` shows each variant.
-_MAX_REGISTERS = {"quantize_4bit": 64, "quantize_blockwise": 128}
+# Bytes in flight decide, and one tile serves every GPU from Turing on.  By Little's law a T4 (40 multiprocessors, 320
+# GB/s, about 0.6 us) needs 190 KB in flight, 4.8 KB a multiprocessor.  The 16-bit quantizer loads 64 bytes a thread and
+# has 512 threads resident at 128 registers, 32 KB; the decoder loads 8 bytes a thread and has 1024 resident at 64
+# registers, 8 KB, and its stores are four times its loads.
+_TILES = {
+    # 32 elements a thread.  Left to itself ptxas squeezes some variants into 32 or 64 registers and spills for it.
+    "quantize_4bit": _Tile(4096, 4, 128),
+    # 16 elements a thread, 8 bytes of codes to load and two 16-byte vectors of 16-bit values to store.
+    "dequantize_4bit": _Tile(4096, 8, None),
+    # 45 instructions an element, and the map spread over a warp's registers once a program: 16 elements a thread pay
+    # for it; small programs, because it mostly runs on a 64th of the data.
+    "quantize_blockwise": _Tile(2048, 4, 128),
+    "dequantize_blockwise": _Tile(4096, 8, None),
+}
 
 
 def elementwise_config(op: str, blocksize: int) -> LaunchConfig:
@@ -40,4 +51,6 @@ def elementwise_config(op: str, blocksize: int) -> LaunchConfig:
         op: the operator's name.
         blocksize: quantization block, 32 to 4096; a program takes whole blocks.
     """
-    return LaunchConfig(_TILE // blocksize, _NUM_WARPS, _MAX_REGISTERS.get(op))
+    tile = _TILES[op]
+    rows = max(1, tile.elements // blocksize)
+    return LaunchConfig(rows, tile.num_warps * (rows * blocksize // tile.elements), tile.max_registers)

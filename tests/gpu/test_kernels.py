@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
 from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
@@ -51,13 +52,50 @@ def test_the_reciprocal_is_one_ulp_off_the_exact_one_at_most():
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_nan_and_inf_are_reported_and_otherwise_as_the_reference(quant_type, dtype):
+    values = torch.randn(100_000, device="cuda").to(dtype)
+    values[70] = torch.nan
+    with pytest.raises(qkernels.UserError, match="1 NaN and 0 Inf among 100000"):
+        qkernels.quantize_4bit(values, quant_type=quant_type)
+    values[30_000] = -torch.inf
+    with pytest.raises(qkernels.UserError, match="1 NaN and 1 Inf"):
+        qkernels.quantize_4bit(values, quant_type=quant_type, compress_statistics=True)
+    packed, state = qkernels.quantize_4bit(values, quant_type=quant_type, check_finite=False)
+    expected, absmax = quantize_4bit_reference(values, 64, quant_type, torch.uint8, reciprocal=gpu_reciprocal)
+    assert_bits_equal(packed, expected)
+    assert_bits_equal(state.absmax, absmax)
+
+
+class _Listener(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operators_are_called_where_something_listens():
+    weight = torch.randn(64, 64, device="cuda")
+    packed, state = qkernels.quantize_4bit(weight)
+    expected = qkernels.dequantize_4bit(packed, state)
+    with _Listener() as listener:
+        assert_bits_equal(qkernels.dequantize_4bit(packed, state), expected)
+    assert listener.seen == ["qkernels.dequantize_4bit.default"]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantize_and_dequantize_4bit(blocksize, quant_type, dtype):
     for n in LENGTHS:
         values = torch.randn(n, device="cuda").to(dtype)
         values[n // 2 : n // 2 + 3] = 0
         packed, state = qkernels.quantize_4bit(values, blocksize=blocksize, quant_type=quant_type)
-        expected, absmax = quantize_4bit_reference(values, blocksize, quant_type, torch.uint8, gpu_reciprocal)
+        expected, absmax = quantize_4bit_reference(
+            values, blocksize, quant_type, torch.uint8, reciprocal=gpu_reciprocal
+        )
         assert_bits_equal(state.absmax, absmax)
         assert_bits_equal(packed, expected)
         out = torch.full((n,), torch.nan, dtype=dtype, device="cuda")
@@ -85,7 +123,7 @@ def test_blockwise(blocksize, dtype):
     for n in (1, 31, 257, 4097, 1_000_003):
         values = torch.randn(n, device="cuda").to(dtype)
         index, state = qkernels.quantize_blockwise(values, blocksize=blocksize)
-        expected, absmax = quantize_blockwise_reference(values, code, blocksize, gpu_reciprocal)
+        expected, absmax = quantize_blockwise_reference(values, code, blocksize, reciprocal=gpu_reciprocal)
         assert_bits_equal(state.absmax, absmax)
         assert_bits_equal(index, expected)
         decoded = qkernels.dequantize_blockwise(index, state)
@@ -97,7 +135,7 @@ def test_nan_inf_and_zero_blocks_as_the_reference():
     values[0, 3], values[1, 5], values[2] = torch.nan, torch.inf, 0
     for quant_type in QUANT_TYPES:
         packed, state = qkernels.quantize_4bit(values, quant_type=quant_type, check_finite=False)
-        expected, absmax = quantize_4bit_reference(values, 64, quant_type, torch.uint8, gpu_reciprocal)
+        expected, absmax = quantize_4bit_reference(values, 64, quant_type, torch.uint8, reciprocal=gpu_reciprocal)
         assert_bits_equal(packed, expected)
         assert_bits_equal(state.absmax, absmax)
     with pytest.raises(qkernels.UserError, match="1 NaN and 1 Inf"):

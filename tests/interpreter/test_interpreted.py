@@ -51,11 +51,26 @@ def test_quantize_4bit(blocksize, quant_type, dtype):
         values = awkward_values(n, dtype)
         for storage in QUANT_STORAGES:
             packed, absmax = quantize_4bit_triton(
-                values, blocksize, quant_type, storage, elementwise_config("quantize_4bit", blocksize)
+                values, blocksize, quant_type, storage, False, elementwise_config("quantize_4bit", blocksize)
             )
             expected, expected_absmax = quantize_4bit_reference(values, blocksize, quant_type, storage)
             assert_bits_equal(packed, expected)
             assert_bits_equal(absmax, expected_absmax)
+
+
+@pytest.mark.parametrize("propagate_nan", [False, True])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_quantize_4bit_with_nan_and_inf(quant_type, propagate_nan):
+    values = torch.randn(1000)
+    values[70], values[300] = torch.nan, -torch.inf
+    config = elementwise_config("quantize_4bit", 64)
+    packed, absmax = quantize_4bit_triton(values, 64, quant_type, torch.uint8, propagate_nan, config)
+    expected, expected_absmax = quantize_4bit_reference(values, 64, quant_type, torch.uint8, propagate_nan)
+    assert torch.equal(absmax.isnan(), expected_absmax.isnan())
+    assert absmax.isnan().any() == propagate_nan
+    assert absmax[300 // 64].isinf()
+    assert torch.equal(absmax.nan_to_num(), expected_absmax.nan_to_num())
+    assert_bits_equal(packed, expected)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -66,7 +81,9 @@ def test_quantize_4bit_at_every_threshold(quant_type):
     thresholds = torch.tensor(NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS)
     around = torch.cat([thresholds, *(torch.nextafter(thresholds, torch.tensor(s * torch.inf)) for s in (1, -1))])
     values = torch.cat([torch.ones(1), around, -around])
-    packed, _ = quantize_4bit_triton(values, 128, quant_type, torch.uint8, elementwise_config("quantize_4bit", 128))
+    packed, _ = quantize_4bit_triton(
+        values, 128, quant_type, torch.uint8, False, elementwise_config("quantize_4bit", 128)
+    )
     expected, _ = quantize_4bit_reference(values, 128, quant_type, torch.uint8)
     assert_bits_equal(packed, expected)
 
@@ -101,7 +118,7 @@ def test_blockwise(blocksize, dtype):
     for n in LENGTHS:
         values = awkward_values(n, dtype)
         config = elementwise_config("quantize_blockwise", blocksize)
-        index, absmax = quantize_blockwise_triton(values, CODE, blocksize, config)
+        index, absmax = quantize_blockwise_triton(values, CODE, blocksize, None, config)
         expected, expected_absmax = quantize_blockwise_reference(values, CODE, blocksize)
         assert torch.equal(index, expected)
         assert_bits_equal(absmax, expected_absmax)
@@ -110,8 +127,18 @@ def test_blockwise(blocksize, dtype):
         assert_bits_equal(out, dequantize_blockwise_reference(expected, expected_absmax, CODE, blocksize, dtype))
 
 
+def test_blockwise_subtracts_an_offset():
+    for n in LENGTHS:
+        values, offset = torch.rand(n), torch.tensor(0.37)
+        config = elementwise_config("quantize_blockwise", 256)
+        index, absmax = quantize_blockwise_triton(values, CODE, 256, offset, config)
+        expected, expected_absmax = quantize_blockwise_reference(values, CODE, 256, offset)
+        assert torch.equal(index, expected)
+        assert_bits_equal(absmax, expected_absmax)
+
+
 def test_blockwise_breaks_ties_towards_the_even_index():
     values = torch.cat([torch.ones(1), (CODE[:-1] + CODE[1:]) * 0.5])
-    index, _ = quantize_blockwise_triton(values, CODE, 256, elementwise_config("quantize_blockwise", 256))
+    index, _ = quantize_blockwise_triton(values, CODE, 256, None, elementwise_config("quantize_blockwise", 256))
     assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256)[0])
     assert (index[1:-1] % 2 == 0).all()

@@ -1,0 +1,111 @@
+"""Launch a Triton kernel without looking everything up again at each call.
+
+Triton's own launch binds arguments by name, derives a specialization from each and builds a key of strings: more time
+than a small kernel takes.  A `Launcher` keeps the compiled kernel under a key of what Triton specializes on (types,
+alignment to 16 bytes, divisibility of sizes by 16, 64-bit sizes) and from the second call on hands over addresses.
+
+Triton's launch hooks (its Proton profiler sets them) see the first launch of a variant only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton import JITFunction
+
+from ..tuning import LaunchConfig
+
+Grid = tuple[int, int, int]  # of plain integers: triton.cdiv, made for kernels, takes longer than the rest of a launch
+
+
+class Launcher:
+    """One kernel's compiled variants.
+
+    The kernel's arguments are pointers first, then sizes, then compile-time constants, then nothing else.
+
+    Args:
+        kernel: the jit function.
+        as_bytes: positions of the pointers that the kernel sees as bytes, whatever the tensor's dtype.
+        options: Triton's compile options that every launch shares.
+    """
+
+    def __init__(self, kernel: Any, as_bytes: tuple[int, ...] = (), **options: object) -> None:
+        self._kernel = kernel
+        self._as_bytes = as_bytes
+        self._options = options
+        self._compiled: dict[tuple[object, ...], Any] = {}
+        # In the interpreter there is nothing to keep.
+        self._interpreted = not isinstance(kernel, JITFunction)
+
+    def __call__(
+        self,
+        grid: Grid,
+        pointers: tuple[torch.Tensor | None, ...],
+        sizes: tuple[int, ...],
+        constants: tuple[object, ...],
+        config: LaunchConfig,
+    ) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            pointers: tensors on that device; None for a pointer that the constants say is not read.
+            sizes: run-time integers, each given a type and a specialization as Triton does.
+        """
+        if self._interpreted:
+            self._first(grid, pointers, sizes, constants, config)
+            return
+        device = torch.cuda.current_device()
+        addresses: list[int | None] = []
+        types: list[torch.dtype | None] = []
+        specialized = 0  # one bit a pointer, three a size
+        for pointer in pointers:
+            if pointer is None:
+                addresses.append(None)
+                types.append(None)
+            else:
+                address = pointer.data_ptr()
+                addresses.append(address)
+                types.append(pointer.dtype)
+                specialized = specialized * 2 + (address % 16 == 0)
+        for size in sizes:
+            specialized = specialized * 8 + (size % 16 == 0) + 2 * (size == 1) + 4 * (size >= 2**31)
+        key = (device, specialized, config, constants, *types)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self._first(grid, pointers, sizes, constants, config)
+            return
+        compiled.run(
+            *grid,
+            torch._C._cuda_getCurrentRawStream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *addresses,
+            *sizes,
+            *constants,
+        )
+
+    def _first(
+        self,
+        grid: Grid,
+        pointers: tuple[torch.Tensor | None, ...],
+        sizes: tuple[int, ...],
+        constants: tuple[object, ...],
+        config: LaunchConfig,
+    ) -> Any:
+        """Launch through Triton, which compiles the variant, and return it."""
+        tensors = [
+            pointer.view(torch.uint8) if position in self._as_bytes and pointer is not None else pointer
+            for position, pointer in enumerate(pointers)
+        ]
+        return self._kernel[grid](
+            *tensors,
+            *sizes,
+            *constants,
+            num_warps=config.num_warps,
+            maxnreg=config.max_registers,
+            **self._options,
+        )
