@@ -1,0 +1,163 @@
+"""The code that a T4 would run, run on the GPU at hand: PTX for sm_75, exact to the last bit.
+
+It is held against the reference, which is given the GPU's own reciprocal, and against the native build.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+from exact import assert_bits_equal, gpu_reciprocal
+from ptx import PtxKernel
+
+import qkernels
+from qkernels.format import block_count, code_table, dynamic_map, packed_length
+from qkernels.kernels._encode import bucket_table
+from qkernels.reference import (
+    decode_absmax_reference,
+    dequantize_4bit_reference,
+    dequantize_blockwise_reference,
+    quantize_4bit_reference,
+    quantize_blockwise_reference,
+)
+from qkernels.variants import Variant, variants
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
+BLOCKSIZES = (32, 64, 256, 4096)  # 256 is that of the scales
+DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16}  # what a T4 computes in
+# Less than a block, whole programs, a tail of whole blocks, a tail within a block.  The first row is for the variants
+# that are told that the numbers of elements and of packed bytes are divisible by 16.
+ALIGNED = (32, 4096, 65536 + 288, 1_000_032)
+OTHERS = (2, 77, 4095, 4097, 65536 + 333, 1_000_003)
+
+
+def dtype_of(variant: Variant) -> torch.dtype | None:
+    """Of the decoded side; None for one that is not tried here."""
+    kinds = [variant.signature[name] for name in ("x_ptr", "out_ptr") if name in variant.signature]
+    return next((DTYPES[kind] for kind in kinds if kind in DTYPES), None)
+
+
+def cases(kernel: str) -> list:
+    """The variants of one kernel, of the block sizes and dtypes above."""
+    return [
+        pytest.param(variant, id=variant.name.removeprefix(kernel).strip())
+        for variant in variants()
+        if variant.name.startswith(f"{kernel} ")
+        and variant.constants["QUANT_BLOCK"] in BLOCKSIZES
+        and dtype_of(variant) is not None
+    ]
+
+
+def lengths(variant: Variant) -> tuple[int, ...]:
+    return ALIGNED if variant.signature["n"].endswith(":16") else OTHERS
+
+
+def grid(variant: Variant, n: int) -> tuple[int, int, int]:
+    return triton.cdiv(n, variant.constants["QUANT_BLOCK"] * variant.constants["ROWS"]), 1, 1
+
+
+def values(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values with a stretch of zeros that covers whole blocks."""
+    x = torch.randn(n, device="cuda")
+    x[n // 2 : n // 2 + 300] = 0
+    return x.to(dtype)
+
+
+def filled(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """An output whose every byte is wrong until it is written."""
+    return torch.full((length * dtype.itemsize,), 0xAB, dtype=torch.uint8, device="cuda").view(dtype)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def without_nan(x: torch.Tensor) -> torch.Tensor:
+    """One value for every NaN, whose other bits nobody promises."""
+    return torch.where(x.isnan(), -1.0, x)
+
+
+def test_every_kernel_is_tried():
+    tried = {case.values[0].kernel for name in KERNELS for case in cases(name)}
+    assert tried == {variant.kernel for variant in variants()}
+
+
+@pytest.mark.parametrize("variant", cases("quantize_4bit"))
+def test_quantize_4bit(variant):
+    kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
+    blocksize, propagate = variant.constants["QUANT_BLOCK"], variant.constants["PROPAGATE_NAN"]
+    quant_type = "nf4" if variant.constants["NF4"] else "fp4"
+    for n in lengths(variant):
+        x = values(n, dtype)
+        if propagate:  # a T4 has no instruction for a maximum that does
+            x[n // 3] = torch.nan
+        packed, absmax = filled(packed_length(n), torch.uint8), filled(block_count(n, blocksize), torch.float32)
+        arguments = {"x_ptr": x, "packed_ptr": packed, "absmax_ptr": absmax, "n": n, "n_bytes": packed_length(n)}
+        kernel(grid(variant, n), {**arguments, "table_ptr": bucket_table(quant_type, device())})
+        expected, expected_absmax = quantize_4bit_reference(
+            x, blocksize, quant_type, torch.uint8, propagate, reciprocal=gpu_reciprocal
+        )
+        assert_bits_equal(without_nan(absmax), without_nan(expected_absmax))
+        assert_bits_equal(packed, expected.view(-1))
+        native, native_absmax = torch.ops.qkernels.quantize_4bit(x, blocksize, quant_type, torch.uint8, propagate)
+        assert_bits_equal(without_nan(absmax), without_nan(native_absmax))
+        assert_bits_equal(packed, native.view(-1))
+
+
+@pytest.mark.parametrize("quant_type", qkernels.QUANT_TYPES)
+@pytest.mark.parametrize("variant", cases("dequantize_4bit"))
+def test_dequantize_4bit(variant, quant_type):
+    kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
+    blocksize, nested = variant.constants["QUANT_BLOCK"], variant.constants["NESTED"]
+    for n in lengths(variant):
+        options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
+        packed, state = qkernels.quantize_4bit(values(n, dtype), **options)
+        out = filled(n, dtype)
+        scales = {"absmax_ptr": state.absmax}
+        absmax = state.absmax
+        if nested:
+            scales = {
+                "absmax_ptr": state.state2.absmax,
+                "absmax_8bit_ptr": state.absmax,
+                "absmax_code_ptr": state.state2.code,
+                "absmax_offset_ptr": state.offset,
+            }
+            absmax = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)
+        arguments = {"packed_ptr": packed, "out_ptr": out, "n": n, "n_bytes": packed_length(n), **scales}
+        kernel(grid(variant, n), {**arguments, "code_ptr": code_table(quant_type, device())})
+        assert_bits_equal(out, dequantize_4bit_reference(packed, absmax, blocksize, quant_type, (n,), dtype))
+        assert_bits_equal(out, qkernels.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("variant", cases("quantize_blockwise"))
+def test_quantize_blockwise(variant):
+    kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
+    blocksize, code = variant.constants["QUANT_BLOCK"], dynamic_map(device())
+    offset = torch.tensor(0.75, device="cuda") if variant.constants["SUBTRACT"] else None
+    for n in lengths(variant):
+        x = values(n, dtype)
+        index, absmax = filled(n, torch.uint8), filled(block_count(n, blocksize), torch.float32)
+        arguments = {"x_ptr": x, "code_ptr": code, "out_ptr": index, "absmax_ptr": absmax, "n": n}
+        kernel(grid(variant, n), {**arguments, "offset_ptr": offset})
+        expected, expected_absmax = quantize_blockwise_reference(x, code, blocksize, offset, gpu_reciprocal)
+        assert_bits_equal(absmax, expected_absmax)
+        assert_bits_equal(index, expected)
+        native, native_state = qkernels.quantize_blockwise(x if offset is None else x - offset, blocksize=blocksize)
+        assert_bits_equal(absmax, native_state.absmax)
+        assert_bits_equal(index, native)
+
+
+@pytest.mark.parametrize("variant", cases("dequantize_blockwise"))
+def test_dequantize_blockwise(variant):
+    kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
+    blocksize, code = variant.constants["QUANT_BLOCK"], dynamic_map(device())
+    for n in lengths(variant):
+        index, state = qkernels.quantize_blockwise(values(n, dtype), blocksize=blocksize)
+        out = filled(n, dtype)
+        arguments = {"x_ptr": index, "absmax_ptr": state.absmax, "code_ptr": code, "out_ptr": out, "n": n}
+        kernel(grid(variant, n), arguments)
+        assert_bits_equal(out, dequantize_blockwise_reference(index, state.absmax, code, blocksize, dtype))
+        assert_bits_equal(out, qkernels.dequantize_blockwise(index, state))
