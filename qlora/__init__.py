@@ -15,6 +15,7 @@ from .integrations.transformers import NF4Config, dequantize_model, quantize_mod
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .loading import load_pretrained_4bit, prepare_model_for_training
 from .lora import LoRALinear, apply_lora
+from .optimize import optimize_model
 from .params4bit import Params4bit
 from .precision import PrecisionPolicy, choose_precision
 
@@ -36,6 +37,7 @@ __all__ = [
     "choose_precision",
     "dequantize_model",
     "load_pretrained_4bit",
+    "optimize_model",
     "prepare_model_for_training",
     "quantize_model",
 ]

@@ -39,7 +39,7 @@ class ModelArguments:
     )
     use_bnb_nested_quant: bool = option(True, "Double quantization: 8-bit scales instead of float32 ones.")
     attn_implementation: str | None = option(
-        None, "Attention of transformers ('eager', 'sdpa', ...); None: its choice."
+        None, "Attention of transformers ('eager', 'sdpa', ...), without qlora.optimize_model; None: with it."
     )
 
 

@@ -20,6 +20,7 @@ from .arguments import DEFAULT_MODEL, AdapterArguments, GenerationArguments, Mod
 from .config import Parser, parse
 from .integrations.peft import check_adapter_matches, read_adapter_config
 from .loading import load_pretrained_4bit
+from .optimize import can_optimize, optimize_model
 from .precision import choose_precision
 
 ADAPTER_FOLDER = "adapter"
@@ -64,7 +65,9 @@ def continue_prompts(
 
 
 def load_base(model: ModelArguments, dtype: torch.dtype, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model in 4 bits, and its tokenizer with a padding token.
+    """The base model in 4 bits, optimized where it can be, and its tokenizer with a padding token.
+
+    With an attention that the user chose the model stays as transformers has it.
 
     Raises:
         UserError: no such model, or it cannot be quantized.
@@ -81,6 +84,8 @@ def load_base(model: ModelArguments, dtype: torch.dtype, device: str | None) -> 
         revision=model.model_revision,
         **options,
     )
+    if model.attn_implementation is None and can_optimize(loaded):
+        optimize_model(loaded)
     return loaded, load_tokenizer(model.model_name_or_path, model.model_revision)
 
 

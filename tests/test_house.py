@@ -26,6 +26,11 @@ FORBIDDEN = {
     "qlora/embedding4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/targets.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/dequantize.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/lora_product.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/optimize/alibi.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/optimize/autocast.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/optimize/recompute.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/optimize/swiglu.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/lora.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
 }
 FILES = sorted(path for package in ("qkernels", "qlora") for path in (ROOT / package).rglob("*.py"))

@@ -29,10 +29,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qkernels.errors import UserError
+from qkernels.functional import autocast_dtype
 
 from ..checkpoint import is_local
 from ..dequantize import float_layer
 from ..linear4bit import Linear4bit
+from ..lora_product import add_lora
 
 _INITIALIZATIONS = (True, False, "gaussian", "eva")
 _FLOAT_ONLY_VARIANTS = ("use_bdlora", "velora_config", "monteclora_config", "kasa_config")
@@ -60,6 +62,21 @@ class LoraLinear4bit(Linear):
         """
         _refuse_float_only(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] to [..., N]; plain adapters by `add_lora`, all else (DoRA, merged, mixed batches) by peft."""
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        is_plain = not (args or kwargs or self.disable_adapters or self.merged)
+        if not is_plain or any(name in self.lora_variant or self.lora_bias[name] for name in adapters):
+            return super().forward(x, *args, **kwargs)
+        x = x.to(autocast_dtype(x) or x.dtype)  # once, for the base layer and the adapters
+        y = self.base_layer(x)
+        for name in adapters:
+            dropped = self.lora_dropout[name](x)
+            lora_A: Any = self.lora_A[name]
+            lora_B: Any = self.lora_B[name]
+            y = add_lora(y, dropped, lora_A.weight, lora_B.weight, self.scaling[name])
+        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight.

@@ -1,0 +1,60 @@
+"""The adapter's part of a layer's output: y + scaling * (x A^T) B^T.
+
+Room: one autograd function; torch only.  A and B are float32 (the optimizer's), the products are in the activations'
+dtype, and what the sum over the tokens gives for A and B is float32 all the way.  The second product adds the update in
+float32 itself: the sum is rounded once, and no tensor of y's size is made for the update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _AddLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        x2 = x.reshape(-1, x.shape[-1])
+        inner = x2 @ A.t()
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), inner, B.t(), alpha=scaling).view(y.shape)
+        ctx.save_for_backward(x, inner, A, B)
+        ctx.scaling = scaling
+        ctx.dtypes = lora_A.dtype, lora_B.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, inner, A, B = ctx.saved_tensors
+        grad2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_inner = (grad2 @ B).mul_(ctx.scaling)
+        grad_x = (grad_inner @ A).view(x.shape) if ctx.needs_input_grad[1] else None
+        grad_A = _mm_float32(grad_inner.t(), x2).to(ctx.dtypes[0]) if ctx.needs_input_grad[2] else None
+        grad_B = _mm_float32(grad2.t(), inner).mul_(ctx.scaling).to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
+        return grad, grad_x, grad_A, grad_B, None
+
+
+def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """A layer's output with an adapter's update.
+
+    Args:
+        y: [..., N], what the base layer returned.
+        x: [..., K] in y's dtype, the adapter's input (after its dropout).
+        lora_A: [r, K], float32 or 16 bits.
+        lora_B: [N, r], likewise.
+        scaling: of the update.
+
+    Returns:
+        [..., N] in y's dtype.  The gradients of lora_A and lora_B are summed in float32.
+    """
+    return _AddLora.apply(y, x, lora_A, lora_B, scaling)
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32: a sum over thousands of tokens, times the loss scale, leaves float16's range."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

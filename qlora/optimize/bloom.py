@@ -1,0 +1,182 @@
+"""Bloom's modules as `optimize_model` puts them in: transformers' classes with other forward passes.
+
+Room: the only file that imports transformers' Bloom.  The classes keep transformers' names, which saving, device maps
+and messages go by.  An object's class is exchanged in place: parameters, adapters and hooks stay where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.models.bloom import modeling_bloom
+
+from qkernels.errors import UserError
+
+from .alibi import AttentionBias, alibi_attention, alibi_bias
+from .autocast import without_casts
+from .cache import CACHE
+from .recompute import RecomputedBlock
+
+
+class BloomAttention(modeling_bloom.BloomAttention):
+    """Attention through torch's fused kernels; see alibi.py."""
+
+    query_key_value: Any
+    dense: Any
+
+    def attend(self, hidden: Tensor, residual: Tensor, bias: AttentionBias, cache: Any = None) -> Tensor:
+        """residual + attention(hidden), [batch, T, hidden size]."""
+        batch, length, _ = hidden.shape
+        # unbind, and not three slices: its backward writes the three gradients side by side in one kernel.
+        fused = self.query_key_value(hidden).view(batch, length, self.num_heads, 3, self.head_dim)
+        query, key, value = (tensor.transpose(1, 2) for tensor in fused.unbind(dim=3))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        dropout = self.attention_dropout.p if self.training else 0.0
+        context = alibi_attention(query, key, value, bias, dropout).transpose(1, 2).reshape(batch, length, -1)
+        return _add(self.dense(context), residual, self.hidden_dropout, self.training)
+
+
+class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
+    """A block in two parts, whose recomputation can be chosen; see recompute.py."""
+
+    self_attention: BloomAttention
+
+    def forward(self, hidden: Tensor, bias: AttentionBias, cache: Any = None) -> Tensor:  # type: ignore[override]
+        return self._run((self._attention_part, self._mlp_part), hidden, bias, cache)
+
+    def _attention_part(self, hidden: Tensor, bias: AttentionBias, cache: Any) -> Tensor:
+        normalized = self.input_layernorm(hidden)
+        return self.self_attention.attend(normalized, self._residual(normalized, hidden), bias, cache)
+
+    def _mlp_part(self, hidden: Tensor, bias: AttentionBias, cache: Any) -> Tensor:
+        normalized = self.post_attention_layernorm(hidden)
+        return self.mlp(normalized, self._residual(normalized, hidden))
+
+    def _residual(self, normalized: Tensor, hidden: Tensor) -> Tensor:
+        return normalized if self.apply_residual_connection_post_layernorm else hidden
+
+
+class BloomModel(modeling_bloom.BloomModel):
+    """The transformer with one bias for all layers, without autocast's casts, and with packing."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, and `position_ids` [batch, T] of packed texts: each starts at 0 and sees itself only.
+
+        Raises:
+            UserError: packed texts with a cache; attention weights are asked for.
+        """
+        config = self.config
+        if output_attentions or config.output_attentions:
+            raise UserError(
+                "output_attentions",
+                expected="False after optimize_model",
+                got="True",
+                remedy="The fused attention never has the weights: load the model again and leave it as it is.",
+            )
+        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
+        return_dict = config.return_dict if return_dict is None else return_dict
+        cache = past_key_values if cache is None else cache
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            use_cache, cache = False, None
+        embedded = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and cache is None and position_ids is None:
+            cache = DynamicCache(config=config)
+        states: list[Tensor] = []
+        with without_casts(embedded):
+            hidden = self.word_embeddings_layernorm(embedded)
+            bias = self._bias(hidden, cache, attention_mask, position_ids)
+            for block in self.h:
+                if keep_states:
+                    states.append(hidden)
+                hidden = block(hidden, bias, cache)
+            hidden = self.ln_f(hidden)
+        all_states = (*states, hidden) if keep_states else None
+        if not return_dict:
+            return tuple(value for value in (hidden, cache, all_states) if value is not None)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden, hidden_states=all_states, **{CACHE: cache}
+        )
+
+    def _bias(self, hidden: Tensor, cache: Any, attention_mask: Tensor | None, packed: Tensor | None) -> AttentionBias:
+        queries = hidden.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
+        if packed is not None and cache is not None:
+            raise UserError(
+                "position_ids",
+                expected="no position_ids where there is a cache",
+                got="both",
+                remedy="Packed texts are for training: pass use_cache=False, or generate without position_ids.",
+            )
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.to(hidden.device), (0, keys - attention_mask.shape[-1]))
+        return alibi_bias(
+            self.num_heads,
+            hidden.dtype,
+            hidden.device,
+            queries=queries,
+            keys=keys,
+            past=past,
+            attention_mask=attention_mask,
+            position_ids=packed,
+        )
+
+
+class BloomForCausalLM(modeling_bloom.BloomForCausalLM):
+    """Hands `position_ids` of packed texts down to the transformer, which transformers' own does not."""
+
+    @functools.wraps(modeling_bloom.BloomForCausalLM.forward)  # `generate` reads the signature
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        outputs = self.transformer(input_ids, return_dict=True, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithCrossAttentions(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+def _add(branch: Tensor, residual: Tensor, dropout: float, training: bool) -> Tensor:
+    return residual + (F.dropout(branch, dropout, training) if dropout else branch)
+
+
+MODEL = modeling_bloom.BloomModel
+BLOCK = modeling_bloom.BloomBlock
+ATTENTION = {
+    modeling_bloom.BloomForCausalLM: BloomForCausalLM,
+    modeling_bloom.BloomModel: BloomModel,
+    modeling_bloom.BloomBlock: BloomBlock,
+    modeling_bloom.BloomAttention: BloomAttention,
+}

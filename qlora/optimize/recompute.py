@@ -1,0 +1,69 @@
+"""Which activations of a block are recomputed in the backward pass, and where the kept ones lie.
+
+Room: checkpointing; torch only.  A block is two parts, attention and MLP, each a residual branch with its sum.
+transformers switches recomputation for whole blocks by an attribute; `RecomputedBlock` takes that switch over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+RECOMPUTE = ("block", "parts", "nothing")
+
+
+class RecomputedBlock:
+    """Mixin for a transformer block that recomputes by a choice of its own while gradient checkpointing is on.
+
+    Attributes:
+        recompute: "block" keeps the block's input only; "parts" also what the attention part returns, so that its
+            output projection is not computed again; "nothing" keeps everything.
+        offload: what is kept for recomputation lies in pinned host memory.
+    """
+
+    training: bool
+    recompute = "block"
+    offload = False
+    _checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """False always: transformers would recompute the whole block around this one's choice.  Setting it is heard."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._checkpointing = enabled
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether this forward pass is one that the backward pass repeats."""
+        active = self._checkpointing and self.training and torch.is_grad_enabled()
+        return active and self.recompute != "nothing"
+
+    def _run(self, parts: tuple[Callable[..., Tensor], ...], hidden: Tensor, *arguments: Any) -> Tensor:
+        """The parts one after the other, each called with the hidden states and the arguments."""
+        if not self.recomputes:
+            for part in parts:
+                hidden = part(hidden, *arguments)
+            return hidden
+        pieces = parts if self.recompute == "parts" else (_all_of(parts),)
+        with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else contextlib.nullcontext():
+            for piece in pieces:
+                hidden = checkpoint(piece, hidden, *arguments, use_reentrant=False)  # type: ignore[assignment]
+        return hidden
+
+
+def _all_of(parts: tuple[Callable[..., Tensor], ...]) -> Callable[..., Tensor]:
+    def run(hidden: Tensor, *arguments: Any) -> Tensor:
+        for part in parts:
+            hidden = part(hidden, *arguments)
+        return hidden
+
+    return run
