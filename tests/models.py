@@ -18,7 +18,7 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
     torch.manual_seed(3)
     if name == "bloom":
         sizes = {"hidden_size": 48, "n_layer": 2, "n_head": 4}
-        return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **(sizes | changes))).eval()
+        return BloomForCausalLM(BloomConfig(**({"vocab_size": VOCABULARY} | sizes | changes))).eval()
     sizes = {
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -26,7 +26,7 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **(sizes | changes))).eval()
+    return LlamaForCausalLM(LlamaConfig(**({"vocab_size": VOCABULARY} | sizes | changes))).eval()
 
 
 def save_tiny(name: str, folder: Path, **changes) -> Path:

@@ -1,0 +1,102 @@
+"""The loss is TRL's, joined with the output layer: held to what this project relies on, sizes and float16 included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TARGETS, tiny_model, tokens
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer import utils as trl_utils
+
+from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
+
+VOCABULARY = 1000
+TILE = 64
+ROWS, LENGTH = 3, 33
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                # A transposed or expanded view of the weight is no memory of its own.
+                self.elements = max(
+                    self.elements, min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.itemsize)
+                )
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE)
+
+
+def tuned(name: str, dtype: torch.dtype):
+    model = quantize_model(tiny_model(name, vocab_size=VOCABULARY).to(dtype), NF4Config())
+    optimize_model(prepare_model_for_training(model))
+    torch.manual_seed(4)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS[name], init_lora_weights=False)
+    model = get_peft_model(model, config).train()
+    trl_utils.add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = tokens(ROWS, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def gradients(model, loss, scale=1.0):
+    model.zero_grad()
+    (loss * scale).backward()
+    return {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_it_is_the_loss_over_all_logits(name):
+    model = tuned(name, torch.float32)
+    fused = model(**batch(), fused_lm_head=True).loss
+    whole = model(**batch()).loss
+    torch.testing.assert_close(fused, whole)
+    ours, theirs = gradients(model, fused), gradients(model, whole)
+    assert ours.keys() == theirs.keys()
+    for key, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_under_a_loss_scale(name, dtype):
+    """The tied 16-bit embedding as it is; the gradients of a float32 model, within the dtype."""
+    expected = tuned(name, torch.float32)
+    grads = gradients(expected, expected(**batch(), fused_lm_head=True).loss)
+    model = tuned(name, dtype)
+    assert model.get_output_embeddings().weight.dtype == dtype
+    with torch.autocast("cpu", dtype):
+        loss = model(**batch(), fused_lm_head=True).loss
+    assert loss.dtype == torch.float32
+    for key, grad in gradients(model, loss, scale=2.0**16 if dtype == torch.float16 else 1.0).items():
+        assert grad.dtype == torch.float32
+        assert F.cosine_similarity(grad.flatten(), grads[key].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_no_tensor_of_all_logits_exists(name):
+    model = tuned(name, torch.float16)
+    with Largest() as largest, torch.autocast("cpu", torch.float16):
+        model(**batch(), fused_lm_head=True).loss.backward()
+    assert 0 < largest.elements < ROWS * LENGTH * VOCABULARY
+    with Largest() as largest, torch.autocast("cpu", torch.float16):
+        model(**batch()).loss.backward()
+    assert largest.elements >= ROWS * LENGTH * VOCABULARY
