@@ -19,7 +19,7 @@ test-interpreter: $(VENV)/dev.stamp
 
 # On a machine with an NVIDIA GPU; leaves a record of the run (outcomes, versions, commit).
 test-gpu: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m gpu --record benchmarks/results/gpu-tests.json
+	$(BIN)/python -m pytest -m gpu --slow --record benchmarks/results/gpu-tests.json
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""The measured operations: their inputs, the bytes they must move, their providers, and the gate before the clock.
+"""The measured operations on a weight: the bytes they must move, their providers, and the gate before the clock.
 
-A new operation is one class here; a new rival is one method of each.
+A new operation is one function here or in `products.py`; a new rival is one entry of each.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ class GateError(AssertionError):
 class Measured:
     """Attributes:
     bytes: the least that must be read and written once.
-    providers: name -> a function that makes the call for one input; inputs are told apart by their number.
+    providers: name -> a function that makes the call for one weight.
+    flops: of a product; 0 elsewhere.
+    m: rows of activations of a product.
     """
 
     bytes: int
     providers: dict[str, Callable[[torch.Tensor], Call]]
+    flops: int = 0
+    m: int | None = None
 
 
-def _stored_bytes(n: int) -> float:
+def stored_bytes(n: int) -> float:
     """Codes, 8-bit scales and the scales of the scales of `n` weights."""
     return n * (1 / 2 + 1 / 64 + 4 / (64 * 256))
 
@@ -52,11 +56,12 @@ def quantize(weight: torch.Tensor) -> Measured:
         _must_be_equal("scale codes", our_state.absmax, their_state.absmax)
     _must_be_equal("scales of the scales", our_state.state2.absmax, their_state.state2.absmax)
     return Measured(
-        bytes=int(weight.nbytes + _stored_bytes(weight.numel())),
+        bytes=int(weight.nbytes + stored_bytes(weight.numel())),
         providers={
             # Without the check for NaN and Inf, which bitsandbytes does not make.
             "qkernels": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT, check_finite=False),
             "qkernels, checking for NaN and Inf": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT),
+            "qkernels, in torch.compile": lambda w: lambda: _compiled_quantize(w),
             "bitsandbytes": lambda w: lambda: bnb.quantize_4bit(w, **FORMAT),
         },
     )
@@ -75,13 +80,21 @@ def dequantize(weight: torch.Tensor) -> Measured:
         packed, state = qkernels.quantize_4bit(w, **FORMAT)
         return lambda: qkernels.dequantize_4bit(packed, state)
 
+    def compiled_call(w: torch.Tensor) -> Call:
+        packed, state = qkernels.quantize_4bit(w, **FORMAT)
+        return lambda: _compiled_dequantize(packed, state)
+
     def bitsandbytes_call(w: torch.Tensor) -> Call:
         packed, state = bnb.quantize_4bit(w, **FORMAT)
         return lambda: bnb.dequantize_4bit(packed, state)
 
     return Measured(
-        bytes=int(weight.nbytes + _stored_bytes(weight.numel())),
-        providers={"qkernels": qkernels_call, "bitsandbytes": bitsandbytes_call},
+        bytes=int(weight.nbytes + stored_bytes(weight.numel())),
+        providers={
+            "qkernels": qkernels_call,
+            "qkernels, in torch.compile": compiled_call,
+            "bitsandbytes": bitsandbytes_call,
+        },
     )
 
 
@@ -93,6 +106,16 @@ def copy(weight: torch.Tensor) -> Measured:
         return lambda: out.copy_(w)
 
     return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def _compiled_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, qkernels.QuantState]:
+    return qkernels.quantize_4bit(weight, **FORMAT, check_finite=False)
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def _compiled_dequantize(packed: torch.Tensor, state: qkernels.QuantState) -> torch.Tensor:
+    return qkernels.dequantize_4bit(packed, state)
 
 
 OPERATIONS: dict[str, Callable[[torch.Tensor], Measured]] = {"quantize": quantize, "dequantize": dequantize}

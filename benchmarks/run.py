@@ -1,6 +1,7 @@
 """Time the kernels beside bitsandbytes, in one process on the same inputs.
 
     python -m benchmarks.run --op dequantize --op quantize --out benchmarks/results
+    python -m benchmarks.run --op matmul --op matmul_dx --op lora --out benchmarks/results
     python -m benchmarks.run --op dequantize --smoke --out /tmp/trial        # small, also on a CPU
 
 `docs/benchmarks.md` says what is measured and how.
@@ -19,12 +20,15 @@ import torch
 
 from .environment import environment
 from .operations import OPERATIONS, SHAPES, Measured, copy
+from .products import PRODUCTS
 from .report import file_stem, write_csv
 from .timing import Call, Timing, flushed, graph, wall
 
 Row = dict[str, Any]
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
 ROTATION = 8
+# Rows of activations: from one token to a batch of sequences.
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,25 +62,35 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
                 for row in _measure("copy", copy(weights[0]), weights):
                     bandwidth[row["method"]] = row["gbps"]
                     yield {**base, **row, "percent_of_copy": 100.0}
-                for op in options.op:
-                    for row in _measure(op, OPERATIONS[op](weights[0]), weights):
+                for op, measured in _cases(options, weights[0]):
+                    for row in _measure(op, measured, weights):
                         share = 100 * row["gbps"] / bandwidth[row["method"]] if row["status"] == "ok" else None
                         yield {**base, **row, "percent_of_copy": share}
 
 
+def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[str, Measured]]:
+    for op in options.op:
+        if op in OPERATIONS:
+            yield op, OPERATIONS[op](weight)
+        else:
+            for m in options.m or ((1, 16) if options.smoke else ROWS):
+                yield op, PRODUCTS[op](weight, m)
+
+
 def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterator[Row]:
+    sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, make in measured.providers.items():
         calls = [make(weight) for weight in weights]
         for method in ("flushed", "graph") if weights[0].is_cuda else ("wall",):
-            row: Row = {"op": op, "provider": provider, "method": method}
+            row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
             reason = _not_capturable(provider, op) if method == "graph" else None
             if reason is not None:
                 blank = dict.fromkeys((*Timing.__dataclass_fields__, "gbps"))
-                yield {**row, "status": "not run", "reason": reason, **blank, "bytes": measured.bytes}
+                yield {**row, "status": "not run", "reason": reason, **blank, **sizes}
                 continue
             timing = _time(method, calls)
             gbps = measured.bytes / timing.median_us / 1e3
-            yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, "bytes": measured.bytes}
+            yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, **sizes}
 
 
 def _time(method: str, calls: list[Call]) -> Timing:
@@ -97,23 +111,26 @@ def _not_capturable(provider: str, op: str) -> str | None:
 
 
 def _line(row: Row) -> str:
-    shape = f"{row['rows']}x{row['columns']} {row['dtype']}"
+    shape = f"{row['rows']}x{row['columns']} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
     result = row["reason"]
     if row["status"] == "ok":
         result = (
             f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
             f"{row['percent_of_copy']:4.0f}% of copy"
         )
-    return f"{row['op']:10} {shape:20} {row['method']:8} {row['provider']:35} {result}"
+    return f"{row['op']:10} {shape:28} {row['method']:8} {row['provider']:35} {result}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--op", action="append", choices=OPERATIONS, required=True, help="repeat it for several")
+    parser.add_argument(
+        "--op", action="append", choices=[*OPERATIONS, *PRODUCTS], required=True, help="repeat it for several"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSV")
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
+    parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")
     parser.add_argument("--smoke", action="store_true", help="one small shape: a trial of the script")
     parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser

@@ -1,10 +1,15 @@
 """The gradient of the 4-bit product: dA = dY W, dbias = sum of dY; the packed weight is frozen.
 
-Room: autograd.  The packed bytes and scales are saved, never a dequantized weight, and backward decodes them to the
-dtype of the activations just as forward does, so both use the same weight.
+Room: autograd.  The packed bytes and scales are kept, never a dequantized weight, and backward decodes them to the
+dtype of the activations just as forward does, so both use the same weight.  The two products are each other's gradient,
+so they can be differentiated any number of times.
 
-Registered at the operator's Autograd key by hand and not by `torch.library.register_autograd`, whose generic Python
-takes longer than the kernels of a small product, in a training step that has hundreds of them.
+Registered at the operators' Autograd keys by hand and not by `torch.library.register_autograd`, whose generic Python
+takes longer than the kernels of a small product, in a training step that has hundreds of them.  In eager mode on a GPU
+not even the operators are asked (`ops.operator`).
+
+The weight is kept as an attribute and not by `save_for_backward`: it is frozen and lives anyway, and torch's
+checkpointing recomputes a block up to its last saved tensor, so a block that ends in a frozen product is spared it.
 """
 
 from __future__ import annotations
@@ -15,48 +20,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers the operators)
+from .ops import operator
 
-
-def _below_autograd(*arguments: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.qkernels.gemm_4bit.default(*arguments)
+# B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset: as the operators take them.
+Weight = tuple[Any, ...]
 
 
 class MatMul4Bit(torch.autograd.Function):
-    """The arguments are those of the operator `qkernels::gemm_4bit`, but for their order."""
+    """y = A W^T + bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        A: Tensor,
-        bias: Tensor | None,
-        B: Tensor,
-        shapeB: Sequence[int],
-        absmax: Tensor,
-        blocksize: int,
-        quant_type: str,
-        absmax_8bit: Tensor | None,
-        absmax_code: Tensor | None,
-        absmax_offset: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(B, absmax, absmax_8bit, absmax_code, absmax_offset)
-        ctx.weight = shapeB, blocksize, quant_type
-        return _below_autograd(
-            A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
-        )
+    def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return _product(A, bias, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        B, absmax, *nested = ctx.saved_tensors
-        shapeB, blocksize, quant_type = ctx.weight
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_A = torch.ops.qkernels.gemm_4bit_dx.default(grad, B, shapeB, absmax, blocksize, quant_type, *nested)
+            grad_A = matmul_dx(grad, ctx.weight)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)), dtype=torch.float32).to(grad.dtype)
-        return grad_A, grad_bias, None, None, None, None, None, None, None, None
+        return grad_A, grad_bias, None
+
+
+class MatMul4BitDx(torch.autograd.Function):
+    """dA = dY W."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return _product_dx(grad, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return matmul(grads[0], None, ctx.weight), None
+
+
+def matmul(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    """y[..., N] = A[..., K] W^T + bias, differentiable in A and bias."""
+    if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
+        return MatMul4Bit.apply(A, bias, weight)
+    return _product(A, bias, weight)
+
+
+def matmul_dx(grad: Tensor, weight: Weight) -> Tensor:
+    """dA[..., K] = grad[..., N] W, differentiable in grad."""
+    if torch.is_grad_enabled() and grad.requires_grad:
+        return MatMul4BitDx.apply(grad, weight)
+    return _product_dx(grad, weight)
+
+
+def _product(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator("gemm_4bit", A)(A, *weight[:5], bias, *weight[5:])
+
+
+def _product_dx(grad: Tensor, weight: Weight) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator("gemm_4bit_dx", grad)(grad, *weight)
 
 
 def _gemm_4bit(
@@ -69,9 +92,12 @@ def _gemm_4bit(
     bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
-        return MatMul4Bit.apply(A, bias, B, shapeB, absmax, blocksize, quant_type, *nested)
-    return _below_autograd(A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
+    return matmul(A, bias, (B, shapeB, absmax, blocksize, quant_type, *nested))
+
+
+def _gemm_4bit_dx(grad: Tensor, *weight: Any) -> Tensor:
+    return matmul_dx(grad, weight)
 
 
 torch.library.impl("qkernels::gemm_4bit", "Autograd", _gemm_4bit)
+torch.library.impl("qkernels::gemm_4bit_dx", "Autograd", _gemm_4bit_dx)

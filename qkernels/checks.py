@@ -188,17 +188,22 @@ def _check_nested(quant_state: QuantState, state2: QuantState) -> None:
         check_same_device(f"quant_state.{name}", tensor, "quant_state.absmax", scales)
 
 
-def check_matmul(A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None) -> None:
-    """A[..., K] times the transpose of the weight [N, K] that B and quant_state hold, plus bias[N]."""
+def check_matmul(
+    A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None, transposed: bool = False
+) -> None:
+    """A[..., K] times the transpose of the weight [N, K] that B and quant_state hold, plus bias[N]; or transposed,
+    A[..., N] times that weight."""
     check_floating("A", A)
     check_quant_state(quant_state, "B", B)
     check_same_device("A", A, "B", B)
     assert quant_state.shape is not None
     shape = tuple(quant_state.shape)
-    if len(shape) != 2 or A.dim() == 0 or A.shape[-1] != shape[1]:
+    inner = 0 if transposed else -1
+    if len(shape) != 2 or A.dim() == 0 or A.shape[-1] != shape[inner]:
         raise UserError(
             "A",
-            expected=f"a last dimension of K = {shape[-1]}, for a weight of shape {shape} = (N, K)",
+            expected=f"a last dimension of {'N' if transposed else 'K'} = {shape[inner]}, "
+            f"for a weight of shape {shape} = (N, K)",
             got=f"shape {tuple(A.shape)}",
             remedy="The weight is stored as (out_features, in_features); quantize it in that orientation.",
         )

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, checks  # noqa: F401  (autograd registers the gradients)
+from . import autograd, checks
 from .errors import UserError
 from .format import NESTED_BLOCKSIZE, code_table, dynamic_map
-from .ops import operator
+from .ops import in_eager_mode, operator
 from .quant_state import QuantState
 
 
@@ -306,14 +306,38 @@ def matmul_4bit(
     A = A.to(autocast_dtype(A) or A.dtype)
     if bias is not None:
         bias = bias.to(A.dtype)
-    scales, nested = _scales(quant_state)
-    result = torch.ops.qkernels.gemm_4bit.default(
-        A, packed, quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, bias, *nested
-    )
+    weight = _weight(packed, quant_state)
+    if in_eager_mode(A):
+        result = autograd.matmul(A, bias, weight)
+    else:
+        result = torch.ops.qkernels.gemm_4bit.default(A, *weight[:5], bias, *weight[5:])
     if out is None:
         return result
     checks.check_out("out", out, result.shape, result.dtype, result.device)
     return out.copy_(result)
+
+
+def matmul_4bit_dx(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
+    """dA = dY W: what `matmul_4bit` computes in its backward pass; W [N, K] held in 4 bits.
+
+    Args:
+        grad: dY [..., N], float32, float16 or bfloat16.
+        B: packed codes of W, as for `matmul_4bit`.
+        quant_state: W's state, of shape (N, K).
+
+    Returns:
+        dA [..., K] in grad's dtype; differentiable.
+
+    Raises:
+        UserError: the shapes, dtypes or devices do not fit each other.
+    """
+    checks.check_tensor("B", B)
+    packed = B.data.view(-1)
+    checks.check_matmul(grad, packed, quant_state, None, transposed=True)
+    weight = _weight(packed, quant_state)
+    if in_eager_mode(grad):
+        return autograd.matmul_dx(grad, weight)
+    return torch.ops.qkernels.gemm_4bit_dx.default(grad, *weight)
 
 
 def gemv_4bit(
@@ -350,6 +374,11 @@ def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tenso
     if quant_state.state2 is None:
         return quant_state.absmax, (None, None, None)
     return quant_state.state2.absmax, (quant_state.absmax, quant_state.state2.code, quant_state.offset)
+
+
+def _weight(packed: Tensor, quant_state: QuantState) -> autograd.Weight:
+    scales, nested = _scales(quant_state)
+    return packed, quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, *nested
 
 
 def _quantize_scales(scales: Tensor, offset: Tensor | None, code: Tensor, blocksize: int) -> tuple[Tensor, QuantState]:

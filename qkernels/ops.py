@@ -195,17 +195,19 @@ _OPERATORS = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def in_eager_mode(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor may be called without torch's dispatcher, which takes longer than a small
+    kernel runs: a plain CUDA tensor, and nothing that listens or traces (torch.compile, subclasses such as fake
+    tensors, dispatch modes, function transforms)."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and tensor.is_cuda
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The operator of that name; for a plain CUDA tensor in eager mode, the function it would end in.
-
-    The way through torch's dispatcher takes longer than a small kernel runs.  It is kept wherever something may be
-    listening or tracing: torch.compile, tensor subclasses (fake tensors among them), dispatch modes, function
-    transforms.  Whoever asks must not need a gradient.
-    """
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN or not tensor.is_cuda or _observed():
-        return _OPERATORS[name]
-    return _CUDA[name]
-
-
-def _observed() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
+    """The operator of that name, or in eager mode the function that it would end in, which has no gradient."""
+    return _CUDA[name] if in_eager_mode(tensor) else _OPERATORS[name]

@@ -15,6 +15,7 @@ from qkernels import (
     dequantize_blockwise,
     gemv_4bit,
     matmul_4bit,
+    matmul_4bit_dx,
     quantize_4bit,
     quantize_blockwise,
 )
@@ -51,6 +52,38 @@ def test_gradients_are_those_of_the_dequantized_weight(blocksize):
     expected = torch.autograd.grad(F.linear(x, dequantize_4bit(packed, state), bias), (x, bias), grad)
     actual = torch.autograd.grad(matmul_4bit(x, packed, state, bias=bias), (x, bias), grad)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_dx_is_the_backward_pass(dtype):
+    packed, state = packed_weight(compress_statistics=True)
+    x, grad = torch.randn(2, 5, 40, dtype=dtype, requires_grad=True), torch.randn(2, 5, 24, dtype=dtype)
+    (expected,) = torch.autograd.grad(matmul_4bit(x, packed, state), x, grad)
+    assert torch.equal(matmul_4bit_dx(grad, packed, state), expected)
+    with pytest.raises(UserError, match=r"last dimension of N = 24, for a weight of shape \(24, 40\)"):
+        matmul_4bit_dx(x, packed, state)
+
+
+def test_gradients_have_gradients():
+    packed, state = packed_weight()
+    weight = dequantize_4bit(packed, state)
+    x = torch.randn(5, 40, requires_grad=True)
+
+    def penalty(product):
+        # Of a gradient that depends on x: the norm of d(sum y^3)/dx.
+        (grad,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), x)
+
+    torch.testing.assert_close(penalty(lambda x: matmul_4bit(x, packed, state)), penalty(lambda x: x @ weight.t()))
+
+
+def test_a_product_saves_no_tensor_for_backward():
+    # torch's checkpointing recomputes a block up to its last saved tensor.
+    packed, state = packed_weight()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        matmul_4bit(torch.randn(5, 40, requires_grad=True), packed, state)
+    assert not saved
 
 
 def test_forward_and_backward_use_the_same_weight():

@@ -26,13 +26,13 @@ class Launcher:
 
     Args:
         kernel: the jit function.
-        as_bytes: positions of the pointers that the kernel sees as bytes, whatever the tensor's dtype.
+        views: positions of the pointers that the kernel sees as another dtype than the tensor has.
         options: Triton's compile options that every launch shares.
     """
 
-    def __init__(self, kernel: Any, as_bytes: tuple[int, ...] = (), **options: object) -> None:
+    def __init__(self, kernel: Any, views: dict[int, torch.dtype] | None = None, **options: object) -> None:
         self._kernel = kernel
-        self._as_bytes = as_bytes
+        self._views = views or {}
         self._options = options
         self._compiled: dict[tuple[object, ...], Any] = {}
         # In the interpreter there is nothing to keep.
@@ -98,7 +98,7 @@ class Launcher:
     ) -> Any:
         """Launch through Triton, which compiles the variant, and return it."""
         tensors = [
-            pointer.view(torch.uint8) if position in self._as_bytes and pointer is not None else pointer
+            pointer.view(-1).view(self._views[position]) if position in self._views and pointer is not None else pointer
             for position, pointer in enumerate(pointers)
         ]
         return self._kernel[grid](

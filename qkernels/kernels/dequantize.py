@@ -62,7 +62,7 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
 
 
-_launch = Launcher(_dequantize_4bit_kernel, as_bytes=(0,), enable_fp_fusion=False)
+_launch = Launcher(_dequantize_4bit_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
 
 
 def dequantize_4bit_triton(

@@ -60,7 +60,7 @@ def _quantize_4bit_kernel(
     tl.store(absmax_ptr + first_block + row, absmax, mask=row * QUANT_BLOCK < remaining)
 
 
-_launch = Launcher(_quantize_4bit_kernel, as_bytes=(1,), enable_fp_fusion=False)
+_launch = Launcher(_quantize_4bit_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
 
 
 def quantize_4bit_triton(

@@ -1,0 +1,185 @@
+"""The measured products with a 4-bit weight: forward, gradient of the activations, and a LoRA layer's training step.
+
+The gate before the clock is the error against float64 on the decoded weight: ours may be no larger than the larger of
+bitsandbytes' and twice torch's own in that dtype, in maximum and in RMS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import bitsandbytes
+import bitsandbytes.functional as bnb
+import peft
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+import qkernels
+import qlora
+
+from .operations import FORMAT, GateError, Measured, stored_bytes
+from .timing import Call
+
+RANK = 16
+
+
+def matmul(weight: torch.Tensor, m: int) -> Measured:
+    """y[m, N] = x[m, K] W[N, K]^T."""
+    x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype)
+
+    def ours(w: torch.Tensor) -> Call:
+        packed, state = qkernels.quantize_4bit(w, **FORMAT)
+        return lambda: qkernels.matmul_4bit(x, packed, state)
+
+    def decoded_first(w: torch.Tensor) -> Call:
+        packed, state = qkernels.quantize_4bit(w, **FORMAT)
+        return lambda: F.linear(x, qkernels.dequantize_4bit(packed, state))
+
+    def theirs(w: torch.Tensor) -> Call:
+        packed, state = bnb.quantize_4bit(w, **FORMAT)
+        return lambda: bitsandbytes.matmul_4bit(x, packed, state)
+
+    exact = _exact(weight)
+    truth = x.double() @ exact.t()
+    _gate("y", ours(weight)(), theirs(weight)(), F.linear(x, exact.to(x.dtype)), truth)
+    providers: dict[str, Callable[[torch.Tensor], Call]] = {
+        "qkernels": ours,
+        "qkernels, dequantize + cuBLAS": decoded_first,
+        "bitsandbytes": theirs,
+        "torch": lambda w: lambda: F.linear(x, w),
+    }
+    if m == 1 and weight.is_cuda:
+        providers["read only"] = _reader
+    return _product(weight, m, providers)
+
+
+def matmul_dx(weight: torch.Tensor, m: int) -> Measured:
+    """dx[m, K] = dy[m, N] W[N, K], as the backward pass of each computes it."""
+    dy = torch.randn(m, weight.shape[0], device=weight.device, dtype=weight.dtype)
+
+    def ours(w: torch.Tensor) -> Call:
+        packed, state = qkernels.quantize_4bit(w, **FORMAT)
+        return lambda: qkernels.matmul_4bit_dx(dy, packed, state)
+
+    def theirs(w: torch.Tensor) -> Call:
+        # bitsandbytes.autograd._functions.MatMul4Bit.backward, word for word but for the autograd around it.
+        packed, state = bnb.quantize_4bit(w, **FORMAT)
+        return lambda: torch.matmul(dy, bnb.dequantize_4bit(packed, state).to(dy.dtype))
+
+    exact = _exact(weight)
+    _gate("dx", ours(weight)(), theirs(weight)(), dy @ exact.to(dy.dtype), dy.double() @ exact)
+    return _product(
+        weight, m, {"qkernels": ours, "bitsandbytes": theirs, "torch": lambda w: lambda: torch.matmul(dy, w)}
+    )
+
+
+def lora(weight: torch.Tensor, m: int) -> Measured:
+    """Forward and backward of one LoRA layer of rank 16: y, dx, dA and dB; activations and adapters in one dtype."""
+    x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+    dy = torch.randn(m, weight.shape[0], device=weight.device, dtype=weight.dtype)
+
+    def step(layer: torch.nn.Module) -> Call:
+        adapters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        return lambda: torch.autograd.grad(layer(x), [x, *adapters], dy)
+
+    def ours(w: torch.Tensor) -> Call:
+        return step(_adapted(qlora.Linear4bit, w))
+
+    def theirs(w: torch.Tensor) -> Call:
+        return step(_adapted(bitsandbytes.nn.Linear4bit, w))
+
+    def unquantized(w: torch.Tensor) -> Call:
+        base = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
+        base.weight.data = w
+        return step(_lora_of(base))
+
+    for name, our, their in zip(("dx", "dA", "dB"), ours(weight)(), theirs(weight)(), strict=True):  # type: ignore[arg-type]
+        _close(name, our, their)
+    measured = _product(
+        weight, m, {"qkernels": ours, "bitsandbytes + peft": theirs, "torch + peft, 16 bits": unquantized}
+    )
+    adapters = RANK * sum(weight.shape)
+    return Measured(2 * measured.bytes, measured.providers, 2 * measured.flops + 6 * m * adapters, m)
+
+
+PRODUCTS: dict[str, Callable[[torch.Tensor, int], Measured]] = {
+    "matmul": matmul,
+    "matmul_dx": matmul_dx,
+    "lora": lora,
+}
+
+
+def _product(weight: torch.Tensor, m: int, providers: dict[str, Callable[[torch.Tensor], Call]]) -> Measured:
+    activations = m * sum(weight.shape) * weight.element_size()
+    stored = int(stored_bytes(weight.numel()))
+    return Measured(stored + activations, providers, 2 * m * weight.numel(), m)
+
+
+def _exact(weight: torch.Tensor) -> torch.Tensor:
+    packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+    return qkernels.dequantize_4bit(packed, state).double()
+
+
+def _gate(name: str, ours: torch.Tensor, theirs: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> None:
+    def errors(result: object) -> tuple[float, float]:
+        assert isinstance(result, torch.Tensor)
+        difference = result.double() - truth
+        return difference.abs().max().item(), difference.pow(2).mean().sqrt().item()
+
+    for what, our, their, own in zip(("maximum", "RMS"), errors(ours), errors(theirs), errors(torchs), strict=True):
+        if not our <= max(their, 2 * own):
+            raise GateError(
+                f"{what} error of {name} is {our:.3g}, of bitsandbytes {their:.3g}, of torch's product {own:.3g}"
+            )
+
+
+def _close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+    if not error < 0.02:  # two roundings of a 16-bit product differ by this order; another formula by far more
+        raise GateError(f"{name} differs from that of peft on bitsandbytes by {100 * error:.1f}%")
+
+
+def _adapted(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.Module:
+    layer = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    layer.load_state_dict({"weight": weight.cpu()})
+    return _lora_of(layer.to(weight.device))
+
+
+def _lora_of(base: torch.nn.Module) -> torch.nn.Module:
+    model = torch.nn.Sequential(base)
+    base.requires_grad_(False)
+    config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for adapter in adapters:
+        adapter.data = 0.02 * torch.randn_like(adapter)
+    layer = adapted.base_model.model[0]  # type: ignore[union-attr,index]
+    assert isinstance(layer, torch.nn.Module)
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(next(iter(base.parameters())).device, _dtype_of(base))
+    return layer
+
+
+def _dtype_of(base: torch.nn.Module) -> torch.dtype:
+    return getattr(base, "compute_dtype", None) or base.weight.dtype  # type: ignore[return-value]
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(x))
+
+
+def _reader(weight: torch.Tensor) -> Call:
+    """Read a weight's packed codes and do nothing: what the memory alone allows a product with one row."""
+    packed, _ = qkernels.quantize_4bit(weight, **FORMAT)
+    words = packed.view(-1).view(torch.int32)
+    block = 4096
+    programs = triton.cdiv(words.numel(), block)
+    out = torch.empty(programs, dtype=torch.int32, device=weight.device)
+    return lambda: _read_kernel[(programs,)](words, out, words.numel(), BLOCK=block, num_warps=8)
