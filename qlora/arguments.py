@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from qkernels.errors import UserError
 
+from .optimize import RECOMPUTE
 from .precision import PrecisionPolicy, choose_precision
 
 DEFAULT_MODEL = "bigscience/bloom-7b1"
@@ -32,7 +33,7 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "base model"
 
-    model_name_or_path: str = option(DEFAULT_MODEL, "Model on the Hugging Face hub, or a folder.")
+    model_name_or_path: str = option(DEFAULT_MODEL, "Model on the Hugging Face hub, or a folder.", aliases=["--model"])
     model_revision: str = option("main", "Branch, tag or commit on the hub.")
     bnb_4bit_quant_type: str = option(
         "nf4", "4-bit format. Named as in TRL; bitsandbytes is not needed.", choices=["nf4", "fp4"]
@@ -98,6 +99,10 @@ class TrainingArguments(SFTConfig):
     logging_steps: float = option(1, "Steps between two entries of metrics.jsonl.")
     save_strategy: str = option("epoch", "When to write a checkpoint.", choices=["no", "steps", "epoch", "best"])
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
+    recompute: str = option(
+        "block", "What the backward pass computes again (see qlora.optimize_model).", choices=list(RECOMPUTE)
+    )
+    kept_blocks: int = option(0, "So many of the last blocks keep everything instead: `qlora plan` proposes how many.")
     report_to: str = option("none", "Trackers to report to besides the run folder ('wandb', 'tensorboard', ...).")
 
     def __post_init__(self) -> None:
@@ -156,7 +161,12 @@ class PlanArguments:
     batch_size: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Texts at a time on the GPU; several are compared."}
     )
+    memory_gib: float | None = option(None, "Plan for so much memory, of --gpu or of some GPU with bfloat16.")
     max_length: int = option(512, "Tokens a text.")
+    recompute: str = option(
+        "block", "What the backward pass computes again (see qlora.optimize_model).", choices=list(RECOMPUTE)
+    )
+    kept_blocks: int = option(0, "So many of the last blocks keep everything instead.")
 
 
 def precision_of(training: Any) -> PrecisionPolicy:
@@ -198,11 +208,13 @@ _POSITIVE = (
     "save_total_limit",
     "max_new_tokens",
     "batch_size",
+    "memory_gib",
     "repetition_penalty",
 )
 _NOT_NEGATIVE = (
     "eval_samples",
     "sample_tokens",
+    "kept_blocks",
     "weight_decay",
     "warmup_steps",
     "max_grad_norm",
@@ -252,6 +264,8 @@ def check_training(values: argparse.Namespace) -> list[str]:
         problems.append(
             "packing and padding_free are not supported: models with alibi or eager attention would read across texts"
         )
+    if values.attn_implementation and (values.recompute != "block" or values.kept_blocks):
+        problems.append("recompute and kept_blocks need the attention of qlora: leave attn_implementation out")
     if "lm_head" in values.lora_target_modules:
         problems.append("lora_target_modules: lm_head cannot have an adapter (TRL fuses it with the loss)")
     return problems

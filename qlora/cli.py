@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "continue prompts, with or without an adapter",
     "compare": "show the base model beside the tuned one, on the same prompts",
     "merge": "write base and adapter as one ordinary model",
-    "plan": "estimate the GPU memory of a run, without loading the model",
+    "plan": "estimate memory and time of a run, without loading the model",
     "demo": "all of it on a small model, without a GPU or a network, in a few minutes",
 }
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"qlora {command}"
         # The libraries' notes to their own callers; the user of a command can do nothing about them.
         warnings.filterwarnings("ignore", category=FutureWarning)
-        importlib.import_module(f"qlora.{command}" if command != "plan" else "qlora.memory").main(words[1:])
+        importlib.import_module(f"qlora.{command}").main(words[1:])
     except UserError as error:
         print(f"{name}: {_in_flags(error)}", file=sys.stderr)
         return 2

@@ -41,8 +41,10 @@ from .config import Parser, parse, resolved
 from .data import TEXT, load_texts, no_data_bars
 from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
 from .loading import prepare_model_for_training
-from .memory import adapted_layers, meta_model, plan
+from .memory import Run, plan
+from .optimize import optimize_model
 from .report import RunResult, model_sizes, save_loss_plot, save_report
+from .shapes import adapted_layers, meta_model, shapes_of
 from .units import GIB, MIB
 
 Arguments = tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]
@@ -81,6 +83,8 @@ def train(arguments: Arguments) -> RunResult:
         f"model: {model_arguments.model_name_or_path}, its linear layers {sizes['quantized_16bit'] / MIB:,.1f} MiB in "
         f"16 bits -> {sizes['quantized'] / MIB:,.1f} MiB in 4 bits; what stays float {sizes['kept'] / MIB:,.1f} MiB"
     )
+    if (training.recompute, training.kept_blocks) != ("block", 0):
+        optimize_model(model, recompute=training.recompute, kept_blocks=training.kept_blocks)
     prepare_model_for_training(model, gradient_checkpointing=training.gradient_checkpointing)
     settings = resolved(arguments)
     training.dataset_text_field = TEXT
@@ -296,10 +300,8 @@ def main(argv: Sequence[str]) -> None:
 def _needs_gpu(lora: LoraArguments, training: TrainingArguments) -> UserError:
     length = training.max_length or 512
     size = training.per_device_train_batch_size
-    need = [
-        plan(meta_model(DEFAULT_MODEL), lora, batch_size=batch_size, length=length, dtype=torch.float16).total / GIB
-        for batch_size in (1, size)
-    ]
+    shapes = shapes_of(meta_model(DEFAULT_MODEL), lora)
+    need = [plan(shapes, Run(batch_size, length, torch.float16)).total / GIB for batch_size in (1, size)]
     return UserError(
         "GPU",
         expected=f"an NVIDIA GPU with {need[0]:.1f} GiB of memory (1 text of {length} tokens at a time) to "

@@ -350,3 +350,16 @@ def test_running_out_of_memory_at_one_text_says_what_to_do(model, tmp_path, caps
     monkeypatch.setattr("qlora.train.Trainer.train", train)
     assert "--max_length" in refused(capsys, *train_flags(model, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_recomputed_can_be_chosen(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("qlora.train.optimize_model", lambda model, **choice: chosen.append(choice))
+    flags = train_flags(save_model("llama", tmp_path / "model"), tmp_path / "run")
+    assert main([*flags, "--kept_blocks", "1", "--recompute", "parts", "--num_train_epochs", "1"]) == 0
+    assert chosen == [{"recompute": "parts", "kept_blocks": 1}]
+
+
+def test_recomputation_needs_our_attention(tmp_path, capsys):
+    message = refused(capsys, "train", "--kept_blocks", "1", "--attn_implementation", "eager")
+    assert "leave attn_implementation out" in message
