@@ -36,6 +36,8 @@ class Job:
     yardstick: safetensors file of the first stack's numbers; written if missing, else compared with.
     folder: scratch of this run.
     cases: in the order they run.
+    gpu_limit_gib: what torch's allocator may take of the GPU's memory; None: all of it.
+    capability: compute capability to take the GPU for, where Python chooses by it; None: its own.
     """
 
     provider: str
@@ -47,6 +49,8 @@ class Job:
     yardstick: str
     folder: str
     cases: tuple[Case, ...]
+    gpu_limit_gib: float | None = None
+    capability: tuple[int, int] | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -54,4 +58,6 @@ class Job:
     @classmethod
     def load(cls, path: Path) -> Job:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**fields, "cases": tuple(Case(**case) for case in fields["cases"])})
+        fields["cases"] = tuple(Case(**case) for case in fields["cases"])
+        fields["capability"] = fields["capability"] and tuple(fields["capability"])
+        return cls(**fields)

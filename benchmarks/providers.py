@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora import train as qlora_train
 from qlora.loading import load_pretrained_4bit, prepare_model_for_training
+from qlora.optimize import optimize_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LEARNING_RATE = 2e-4
@@ -76,7 +77,7 @@ def training_arguments(precision: str, device: str) -> dict[str, Any]:
 
 
 def _load_qlora(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    return load_pretrained_4bit(checkpoint, dtype=dtype, device=device)
+    return optimize_model(load_pretrained_4bit(checkpoint, dtype=dtype, device=device))
 
 
 def _adapt_qlora(model: PreTrainedModel) -> PeftModel:

@@ -73,6 +73,7 @@ class CountingCollator:
 
 def run(job: Job) -> None:
     """Do the job; see the module."""
+    _constrain(job)
     provider = PROVIDERS[job.provider]
     dtype = DTYPES[job.precision]
     with _phase(job, "load") as record:
@@ -99,6 +100,16 @@ def run(job: Job) -> None:
         with _phase(job, "case") as record:
             record |= asdict(case)
             record |= _train(job, case, model, tokenizer, dataset)
+
+
+def _constrain(job: Job) -> None:
+    """Be a smaller or older GPU, as far as a process can: an allocator that ends earlier, and another capability."""
+    if job.gpu_limit_gib is not None and job.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(job.gpu_limit_gib * 2**30 / total)
+    if job.capability is not None:
+        capability = job.capability
+        torch.cuda.get_device_capability = lambda device=None: capability
 
 
 @contextmanager

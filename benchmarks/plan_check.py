@@ -1,0 +1,194 @@
+"""`qlora plan` beside what is measured, on full-size Bloom-7B1: peak memory and step time of several ways to train.
+
+    python -m benchmarks.plan_check --out benchmarks/results
+
+The record is what tests/test_memory.py holds the plan to; see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qkernels.errors import UserError
+from qlora.arguments import LoraArguments
+from qlora.checkpoint import atomic_file, check_writable
+from qlora.gpus import find_gpu
+from qlora.memory import PARTS, Run, plan
+from qlora.optimize import optimize_model
+from qlora.roofline import step_time
+from qlora.shapes import meta_model, shapes_of
+
+from . import data, report
+from .checkpoint import ModelSize, build_checkpoint
+from .environment import ROOT, environment
+from .providers import DTYPES, PROVIDERS, training_arguments
+from .worker import StepClock
+
+# BATCHxLENGTH, what is recomputed, blocks that keep everything.
+CASES = (
+    ("1x128", "block", 0),
+    ("4x128", "block", 0),
+    ("4x512", "block", 0),
+    ("8x512", "block", 0),
+    ("4x512", "parts", 0),
+    ("4x512", "block", 10),
+    ("4x512", "nothing", 0),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure each case and write the record.
+
+    Returns:
+        0, or 2 on wrong arguments.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        stem = run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .jsonl")
+    return 0
+
+
+def run(options: argparse.Namespace) -> Path:
+    """See `main`; returns the results' path without suffix."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
+    texts = data.read_prompts(options.data)
+    check_writable(options.out)
+    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
+    stem = report.file_stem(options.out, f"plan-{size.name}", str(common["gpu"] or "cpu"), str(common["date"]))
+    provider = PROVIDERS["qlora"]
+    with tempfile.TemporaryDirectory(prefix="plan-check-") as work:
+        checkpoint = options.checkpoint or Path(work) / "checkpoint"
+        build_checkpoint(checkpoint, size, device=device)
+        data.train_tokenizer(texts, size.vocab).save_pretrained(checkpoint)
+        precision = "fp32" if device == "cpu" else options.precision
+        base = provider.load(str(checkpoint), DTYPES[precision], "cuda:0" if device == "cuda" else device)
+        model = provider.adapt(base)
+        shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments())
+        rows = []
+        for size_name, recompute, kept in CASES:
+            batch, length = map(int, size_name.split("x"))
+            kept = min(kept, shapes.layers)
+            optimize_model(base, recompute=recompute, kept_blocks=kept)
+            wanted = Run(batch, length, DTYPES[precision], recompute, kept, capability=find_gpu(None).capability)
+            arguments = training_arguments(precision, device) | {
+                "output_dir": work,
+                "per_device_train_batch_size": batch,
+                "max_steps": options.warmup + options.steps,
+            }
+            dataset = data.synthetic_dataset(batch * arguments["max_steps"], length, size.vocab)
+            trainer = provider.trainer(model, AutoTokenizer.from_pretrained(checkpoint), dataset, arguments)
+            rows.append({**common, "precision": precision, **_measured(trainer, device, options.warmup)})
+            rows[-1] |= _compared(rows[-1], shapes, wanted)
+            _write(stem, rows)
+            print(json.dumps({key: rows[-1][key] for key in _SHOWN if key in rows[-1]}), flush=True)
+    return stem
+
+
+def _measured(trainer: Any, device: str, warmup: int) -> report.Row:
+    gc.collect()  # the case before, its optimizer above all
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    clock = StepClock(device)
+    trainer.add_callback(clock)
+    trainer.train()
+    row: report.Row = {"step_s": statistics.median(clock.step_s[warmup:])}
+    if device == "cuda":
+        row["gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["gpu_peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return row
+
+
+def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
+    predicted = plan(shapes, run)
+    fields = {
+        "batch": run.batch_size,
+        "length": run.length,
+        "recompute": run.recompute,
+        "kept_blocks": run.kept_blocks,
+        "predicted_allocated_gib": predicted.allocated / 2**30,
+        "predicted_parts_gib": {part: getattr(predicted, part) / 2**30 for part in PARTS},
+    }
+    if "gpu_peak_allocated_gib" in row:
+        fields["memory_error"] = fields["predicted_allocated_gib"] / row["gpu_peak_allocated_gib"] - 1
+    time = step_time(shapes, replace(run), find_gpu(None))
+    if time is not None:
+        fields["predicted_step_s"] = time.total
+        fields["predicted_step_parts_s"] = asdict(time)
+    return fields
+
+
+_SHOWN = (
+    *("batch", "length", "recompute", "kept_blocks", "gpu_peak_allocated_gib", "predicted_allocated_gib"),
+    *("memory_error", "gpu_peak_reserved_gib", "step_s", "predicted_step_s"),
+)
+
+
+def _write(stem: Path, rows: list[report.Row]) -> None:
+    with atomic_file(stem.with_suffix(".jsonl")) as file:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    first = rows[0]
+    lines = [
+        f"# {first['model']}: `qlora plan` beside what was measured on {first['gpu'] or first['processor']}",
+        "",
+        f"Made by `python -m benchmarks.plan_check` from `{stem.with_suffix('.jsonl').name}`, "
+        f"commit {first['commit']}, {first['date']}, torch {first['torch']}, {first['precision']}.",
+        "",
+        "| " + " | ".join(_SHOWN) + " |",
+        "|" + " --- |" * len(_SHOWN),
+        *("| " + " | ".join(_cell(row.get(key)) for key in _SHOWN) + " |" for row in rows),
+    ]
+    with atomic_file(stem.with_suffix(".md")) as file:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = ModelSize()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the record")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
+        help="CSV of fka/awesome-chatgpt-prompts, for a tokenizer (default: %(default)s)",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps a case")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
+    parser.add_argument("--layers", type=int, default=default.layers)
+    parser.add_argument("--hidden", type=int, default=default.hidden)
+    parser.add_argument("--heads", type=int, default=default.heads)
+    parser.add_argument("--vocab", type=int, default=default.vocab)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
