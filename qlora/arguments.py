@@ -261,9 +261,10 @@ def check_training(values: argparse.Namespace) -> list[str]:
     if values.push_to_hub:
         problems.append("push_to_hub is not supported: upload the run's adapter folder by `hf upload` when it is done")
     if values.padding_free or values.packing:
-        problems.append(
-            "packing and padding_free are not supported: models with alibi or eager attention would read across texts"
-        )
+        if values.attn_implementation:
+            problems.append("packing and padding_free need the attention of qlora: leave attn_implementation out")
+        if values.packing_strategy == "wrapped":
+            problems.append("packing_strategy wrapped is not supported: it lets texts read across each other")
     if values.attn_implementation and (values.recompute != "block" or values.kept_blocks):
         problems.append("recompute and kept_blocks need the attention of qlora: leave attn_implementation out")
     if "lm_head" in values.lora_target_modules:

@@ -42,7 +42,7 @@ from .data import TEXT, load_texts, no_data_bars
 from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
 from .loading import prepare_model_for_training
 from .memory import Run, plan
-from .optimize import optimize_model
+from .optimize import can_optimize, optimize_model
 from .report import RunResult, model_sizes, save_loss_plot, save_report
 from .shapes import adapted_layers, meta_model, shapes_of
 from .units import GIB, MIB
@@ -83,6 +83,13 @@ def train(arguments: Arguments) -> RunResult:
         f"model: {model_arguments.model_name_or_path}, its linear layers {sizes['quantized_16bit'] / MIB:,.1f} MiB in "
         f"16 bits -> {sizes['quantized'] / MIB:,.1f} MiB in 4 bits; what stays float {sizes['kept'] / MIB:,.1f} MiB"
     )
+    if (training.packing or training.padding_free) and not can_optimize(model):
+        raise UserError(
+            "--packing",
+            expected="Bloom, Llama or Mistral, whose texts qlora keeps apart",
+            got=type(model).__name__,
+            remedy="Leave --packing and --padding_free out.",
+        )
     if (training.recompute, training.kept_blocks) != ("block", 0):
         optimize_model(model, recompute=training.recompute, kept_blocks=training.kept_blocks)
     prepare_model_for_training(model, gradient_checkpointing=training.gradient_checkpointing)

@@ -339,8 +339,27 @@ def test_merge_asks_for_its_folders(capsys):
     assert "--adapter_path" in refused(capsys, "compare")
 
 
-def test_packing_is_refused(model, tmp_path, capsys):
-    assert "packing" in refused(capsys, *train_flags(model, tmp_path / "run"), "--packing")
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_texts_side_by_side_do_not_see_each_other(name, tmp_path):
+    """The same steps with padding and without: one row of all texts gives the losses that the texts give alone."""
+    model = save_model(name, tmp_path / "model")
+    settings = ["--max_length", "none", "--num_train_epochs", "1", "--lora_dropout", "0"]
+    for output, more in (("padded", []), ("side-by-side", ["--padding_free", "true"])):
+        assert main([*train_flags(model, tmp_path / output, name), *settings, *more]) == 0
+    assert losses_of(tmp_path / "side-by-side") == pytest.approx(losses_of(tmp_path / "padded"), abs=1e-4)
+
+
+def test_packing_that_would_mix_texts_is_refused(model, tmp_path, capsys, monkeypatch):
+    flags = [*train_flags(model, tmp_path / "run"), "--packing"]
+    assert "across each other" in refused(capsys, *flags, "--packing_strategy", "wrapped")
+    assert "leave attn_implementation out" in refused(capsys, *flags, "--attn_implementation", "eager")
+    monkeypatch.setattr("qlora.train.can_optimize", lambda model: False)
+    assert "keeps apart, got LlamaForCausalLM" in refused(capsys, *flags)
 
 
 def test_running_out_of_memory_at_one_text_says_what_to_do(model, tmp_path, capsys, monkeypatch):
