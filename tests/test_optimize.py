@@ -209,14 +209,15 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "kept", "most"), [("block", 0, 8), ("parts", 0, 8), ("block", 1, 4), ("nothing", 0, 0)]
+    ("recompute", "kept", "products"), [("block", 0, 6), ("parts", 0, 4), ("block", 1, 3), ("nothing", 0, 0)]
 )
-def test_what_the_backward_pass_computes_again(recompute, kept, most):
+def test_what_the_backward_pass_computes_again(recompute, kept, products):
+    """Of the eight products of two blocks; those at the end of a block or a part are spared."""
     model = quantized("bloom", recompute=recompute, kept_blocks=kept).train()
     loss = model(tokens(), labels=tokens()).loss
     with Products() as again:
         loss.backward()
-    assert most / 2 <= again.count <= most
+    assert again.count == products
 
 
 @pytest.mark.parametrize("family", FAMILIES)
