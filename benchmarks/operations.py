@@ -55,16 +55,17 @@ def quantize(weight: torch.Tensor) -> Measured:
     if weight.is_cuda:  # bitsandbytes' CPU path searches the 8-bit map in another way than its kernels
         _must_be_equal("scale codes", our_state.absmax, their_state.absmax)
     _must_be_equal("scales of the scales", our_state.state2.absmax, their_state.state2.absmax)
-    return Measured(
-        bytes=int(weight.nbytes + stored_bytes(weight.numel())),
-        providers={
-            # Without the check for NaN and Inf, which bitsandbytes does not make.
-            "qkernels": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT, check_finite=False),
-            "qkernels, checking for NaN and Inf": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT),
-            "qkernels, in torch.compile": lambda w: lambda: _compiled_quantize(w),
-            "bitsandbytes": lambda w: lambda: bnb.quantize_4bit(w, **FORMAT),
-        },
-    )
+    providers: dict[str, Callable[[torch.Tensor], Call]] = {
+        # Without the check for NaN and Inf, which bitsandbytes does not make.
+        "qkernels": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT, check_finite=False),
+        "qkernels, checking for NaN and Inf": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT),
+        "bitsandbytes": lambda w: lambda: bnb.quantize_4bit(w, **FORMAT),
+    }
+    if weight.is_cuda:  # on a CPU inductor would need a C++ compiler
+        compiled = _compiled(lambda w: qkernels.quantize_4bit(w, **FORMAT, check_finite=False))
+        _must_be_equal("packed codes, compiled,", compiled(weight)[0], ours)
+        providers["qkernels, in torch.compile"] = lambda w: lambda: compiled(w)
+    return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
 
 
 def dequantize(weight: torch.Tensor) -> Measured:
@@ -80,22 +81,21 @@ def dequantize(weight: torch.Tensor) -> Measured:
         packed, state = qkernels.quantize_4bit(w, **FORMAT)
         return lambda: qkernels.dequantize_4bit(packed, state)
 
-    def compiled_call(w: torch.Tensor) -> Call:
-        packed, state = qkernels.quantize_4bit(w, **FORMAT)
-        return lambda: _compiled_dequantize(packed, state)
-
     def bitsandbytes_call(w: torch.Tensor) -> Call:
         packed, state = bnb.quantize_4bit(w, **FORMAT)
         return lambda: bnb.dequantize_4bit(packed, state)
 
-    return Measured(
-        bytes=int(weight.nbytes + stored_bytes(weight.numel())),
-        providers={
-            "qkernels": qkernels_call,
-            "qkernels, in torch.compile": compiled_call,
-            "bitsandbytes": bitsandbytes_call,
-        },
-    )
+    providers = {"qkernels": qkernels_call, "bitsandbytes": bitsandbytes_call}
+    if weight.is_cuda:
+        compiled = _compiled(lambda packed, state: qkernels.dequantize_4bit(packed, state))
+        _must_be_equal("decoded weights, compiled,", compiled(packed, state), ours)
+
+        def compiled_call(w: torch.Tensor) -> Call:
+            packed, state = qkernels.quantize_4bit(w, **FORMAT)
+            return lambda: compiled(packed, state)
+
+        providers["qkernels, in torch.compile"] = compiled_call
+    return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
 
 
 def copy(weight: torch.Tensor) -> Measured:
@@ -108,14 +108,10 @@ def copy(weight: torch.Tensor) -> Measured:
     return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
 
 
-@torch.compile(fullgraph=True, dynamic=False)
-def _compiled_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, qkernels.QuantState]:
-    return qkernels.quantize_4bit(weight, **FORMAT, check_finite=False)
-
-
-@torch.compile(fullgraph=True, dynamic=False)
-def _compiled_dequantize(packed: torch.Tensor, state: qkernels.QuantState) -> torch.Tensor:
-    return qkernels.dequantize_4bit(packed, state)
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """`function` compiled afresh: from the second shape on torch would make sizes dynamic, and after eight give up."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 OPERATIONS: dict[str, Callable[[torch.Tensor], Measured]] = {"quantize": quantize, "dequantize": dequantize}

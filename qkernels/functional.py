@@ -55,13 +55,11 @@ def quantize_4bit(
     checks.check_quant_storage(quant_storage)
     check = check_finite and not _must_not_wait(A)
     packed, scales = operator("quantize_4bit", A)(A.contiguous(), blocksize, quant_type, quant_storage, check)
-    # The scales carry every NaN and Inf, and so does their mean.
-    mean = scales.mean() if compress_statistics or check else None
     offset, state2 = None, None
     if compress_statistics:
-        offset = mean
-        scales, state2 = _quantize_scales(scales, offset, dynamic_map(A.device), NESTED_BLOCKSIZE)
-    if check and not mean.isfinite():  # type: ignore[union-attr]
+        scales, offset, state2 = _quantize_scales(scales, NESTED_BLOCKSIZE)
+    # The scales carry every NaN and Inf, and so does their mean.
+    if check and not (scales.mean() if offset is None else offset).isfinite():
         checks.check_finite("A", A)
     if absmax is not None:
         checks.check_out("absmax", absmax, scales.shape, scales.dtype, scales.device)
@@ -208,11 +206,10 @@ def quantize_blockwise(
         code = dynamic_map(A.device)
     checks.check_code("code", code)
     checks.check_same_device("code", code, "A", A)
-    index, scales = operator("quantize_blockwise", A)(A.contiguous(), code, blocksize, None)
+    index, scales = operator("quantize_blockwise", A)(A.contiguous(), code, blocksize)
     offset, state2 = None, None
     if nested:
-        offset = scales.mean()
-        scales, state2 = _quantize_scales(scales, offset, dynamic_map(A.device), blocksize)
+        scales, offset, state2 = _quantize_scales(scales, blocksize)
     if absmax is not None:
         checks.check_out("absmax", absmax, scales.shape, scales.dtype, scales.device)
         scales = absmax.copy_(scales)
@@ -381,10 +378,11 @@ def _weight(packed: Tensor, quant_state: QuantState) -> autograd.Weight:
     return packed, quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, *nested
 
 
-def _quantize_scales(scales: Tensor, offset: Tensor | None, code: Tensor, blocksize: int) -> tuple[Tensor, QuantState]:
-    """Double quantization: the scales less their mean, in 8 bits."""
-    index, absmax = operator("quantize_blockwise", scales)(scales, code, blocksize, offset)
-    return index, QuantState(absmax, scales.shape, code, blocksize, dtype=scales.dtype)
+def _quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, QuantState]:
+    """Double quantization: the scales less their mean in 8 bits, the mean, and the state that decodes them."""
+    code = dynamic_map(scales.device)
+    index, absmax, offset = operator("quantize_scales", scales)(scales, code, blocksize)
+    return index, offset, QuantState(absmax, scales.shape, code, blocksize, dtype=scales.dtype)
 
 
 def _must_not_wait(A: Tensor) -> bool:

@@ -38,7 +38,9 @@ SCHEMAS = {
     ),
     "dequantize_4bit": f"({_DEQUANTIZE}) -> Tensor",
     "dequantize_4bit.out": f"({_DEQUANTIZE}, *, Tensor(a!) out) -> ()",
-    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize, Tensor? offset) -> (Tensor, Tensor)",
+    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    # 8-bit indices, their scales, and the mean, which is subtracted first
+    "quantize_scales": "(Tensor absmax, Tensor code, int blocksize) -> (Tensor, Tensor, Tensor)",
     "dequantize_blockwise": f"({_DEQUANTIZE_BLOCKWISE}) -> Tensor",
     "dequantize_blockwise.out": f"({_DEQUANTIZE_BLOCKWISE}, *, Tensor(a!) out) -> ()",
     # y[..., N] = A[..., K] W[N, K]^T + bias
@@ -81,9 +83,15 @@ def _(*args: object, out: Tensor) -> None:
 
 
 @torch.library.register_fake("qkernels::quantize_blockwise")
-def _(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
     return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@torch.library.register_fake("qkernels::quantize_scales")
+def _(absmax: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    scales = absmax.new_empty(block_count(absmax.numel(), blocksize))
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), scales, absmax.new_empty(())
 
 
 @torch.library.register_fake("qkernels::dequantize_blockwise")
@@ -136,8 +144,14 @@ def _(*args: object, out: Tensor) -> None:
 
 
 @torch.library.impl("qkernels::quantize_blockwise", "CPU")
-def _(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    return quantize_blockwise_reference(A, code, blocksize, offset)
+def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return quantize_blockwise_reference(A, code, blocksize)
+
+
+@torch.library.impl("qkernels::quantize_scales", "CPU")
+def _(absmax: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    offset = absmax.mean()
+    return *quantize_blockwise_reference(absmax, code, blocksize, offset), offset
 
 
 @torch.library.impl("qkernels::dequantize_blockwise", "CPU")

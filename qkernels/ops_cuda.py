@@ -65,10 +65,16 @@ def dequantize_4bit(
     return out
 
 
-def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     config = elementwise_config("quantize_blockwise", blocksize)
     with _on_device_of(A):
         return quantize_blockwise_triton(A, code, blocksize, offset, config)
+
+
+def quantize_scales(absmax: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    # torch's mean and no kernel of our own: its bits depend on the order of summation, and bitsandbytes takes torch's.
+    offset = absmax.mean()
+    return *quantize_blockwise(absmax, code, blocksize, offset), offset
 
 
 def dequantize_blockwise_out(
@@ -119,6 +125,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "dequantize_4bit": dequantize_4bit,
     "dequantize_4bit.out": dequantize_4bit_out,
     "quantize_blockwise": quantize_blockwise,
+    "quantize_scales": quantize_scales,
     "dequantize_blockwise": dequantize_blockwise,
     "dequantize_blockwise.out": dequantize_blockwise_out,
     "gemm_4bit": gemm_4bit,

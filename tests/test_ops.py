@@ -45,8 +45,8 @@ def test_blockwise():
     values = torch.randn(24, 40)
     index, state = quantize_blockwise(values, blocksize=256)
     arguments = (index, state.absmax, state.code, 256, torch.float32)
-    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256, None))
-    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256, torch.tensor(0.1)))
+    opcheck(OPS.quantize_blockwise.default, (values, state.code, 256))
+    opcheck(OPS.quantize_scales.default, (values.abs().view(-1), state.code, 256))
     opcheck(OPS.dequantize_blockwise.default, arguments)
     opcheck(OPS.dequantize_blockwise.out, arguments, {"out": torch.empty(24, 40)})
 
