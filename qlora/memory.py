@@ -1,7 +1,7 @@
 """How much GPU memory a training step takes at its peak, from sizes alone.
 
-Room: arithmetic over `Shapes`; no model, no GPU.  What it assumes is in `ASSUMPTIONS`, printed with every plan, and
-held to measured peaks by tests/test_memory.py.
+Room: arithmetic over `Shapes`; no model, no GPU.  What it assumes is in `ASSUMPTIONS`, printed with every plan.
+tests/test_memory.py holds the parts to what torch keeps, and the whole to the records of `benchmarks.plan_check`.
 """
 
 from __future__ import annotations

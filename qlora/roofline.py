@@ -1,7 +1,7 @@
 """How long a training step takes, from bytes, operations and a GPU's rated speeds.
 
-Room: arithmetic over `Shapes` and a `Gpu`.  The shares of the rated speeds were measured on an H100
-(benchmarks/results); `ASSUMPTIONS` says so with every prediction.
+Room: arithmetic over `Shapes` and a `Gpu`.  `ASSUMPTIONS` is printed with every prediction; `benchmarks.plan_check` puts
+predictions beside measured steps.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from .gpus import Gpu
 from .memory import Run
 from .shapes import Shapes
 
-# What large 16-bit products and large copies reach of the rated speed.
+# What 16-bit products of 2,048 tokens and large copies reach of an H100's rated speed.
 PRODUCT_SHARE = 0.70
 BANDWIDTH_SHARE = 0.85
-# Attention's kernel for a bias reaches less of it.
+# Attention's kernel for a bias reaches less of it: an estimate.
 ATTENTION_SHARE = 0.25
 # Elements a token that normalization, activation, adapters and residuals read and write in a block's forward pass, as a
 # multiple of what they save; the backward pass moves half as much again.
 TRAFFIC_FACTOR = 4.0
-# A block's forward pass on the host, with the adapters' Python; a backward pass runs in C++.
+# A block's forward pass on the host, with the adapters' Python, and its backward pass, in C++: estimates.
 HOST_FORWARD_S = 0.9e-3
 HOST_BACKWARD_S = 0.6e-3
 
 ASSUMPTIONS = (
-    f"products at {PRODUCT_SHARE:.0%} and copies at {BANDWIDTH_SHARE:.0%} of the GPU's rated speed, as measured on an "
-    "H100; a GPU that lowers its clock under load (a T4 does) is slower",
+    f"products at {PRODUCT_SHARE:.0%} and copies at {BANDWIDTH_SHARE:.0%} of the GPU's rated speed, as on an H100; a "
+    "GPU that lowers its clock under load (a T4 does) is slower",
     "a weight is decoded to 16 bits in memory for each product, and read back by it",
     "the host prepares a block in "
     f"{HOST_FORWARD_S * 1e3:.1f} ms forward and {HOST_BACKWARD_S * 1e3:.1f} ms backward, beside the GPU's work",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from models import save_tiny, tokens
@@ -15,6 +18,7 @@ from qlora.shapes import meta_model, shapes_of
 from qlora.units import GIB
 
 BLOOM = "bigscience/bloom-7b1"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,16 @@ def test_what_a_block_keeps_is_what_autograd_keeps(name, targets, tmp_path):
     # Once the embedding, the final norm and the small things (mask, rotary embedding, statistics, rank) are added.
     expected = shapes.layers * (shapes.saved_width + shapes.hidden)
     assert kept == pytest.approx(expected, rel=0.15)
+
+
+def test_the_plan_is_near_every_measured_peak(bloom):
+    """The records of `benchmarks.plan_check` at full size: within 5%."""
+    records = sorted(RESULTS.glob("plan-bloom-7b1-*.jsonl"))
+    if not records:
+        pytest.skip("no record of benchmarks.plan_check yet")
+    shapes = shapes_of(bloom, LoraArguments())
+    for row in (json.loads(line) for file in records for line in file.read_text(encoding="utf-8").splitlines()):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[row["precision"]]
+        capability = tuple(int(part) for part in row["capability"].split("."))
+        run = Run(row["batch"], row["length"], dtype, row["recompute"], row["kept_blocks"], capability=capability)
+        assert plan(shapes, run).allocated / GIB == pytest.approx(row["gpu_peak_allocated_gib"], rel=0.05), row

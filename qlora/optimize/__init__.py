@@ -35,8 +35,7 @@ def optimize_model(
 ) -> _Module:
     """Make a language model faster and smaller in training and generation; what it computes stays the same.
 
-    Equal within the rounding of the model's dtype, and nearer to a float64 computation than before (in float16
-    transformers' Bloom rounds each attention score).  A part that is off is left as it is; a second call can choose
+    Equal within the rounding of the model's dtype: what differs is where intermediate values are rounded.  A part that is off is left as it is; a second call can choose
     other blocks to recompute.  docs/optimize.md says what each part does.
 
     Args:
