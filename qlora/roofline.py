@@ -1,7 +1,7 @@
 """How long a training step takes, from bytes, operations and a GPU's rated speeds.
 
-Room: arithmetic over `Shapes` and a `Gpu`.  `ASSUMPTIONS` is printed with every prediction; `benchmarks.plan_check` puts
-predictions beside measured steps.
+Room: arithmetic over `Shapes` and a `Gpu`.  `ASSUMPTIONS` is printed with every prediction; `benchmarks.plan_check`
+puts predictions beside measured steps.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ def optimize_model(
 ) -> _Module:
     """Make a language model faster and smaller in training and generation; what it computes stays the same.
 
-    Equal within the rounding of the model's dtype: what differs is where intermediate values are rounded.  A part that is off is left as it is; a second call can choose
-    other blocks to recompute.  docs/optimize.md says what each part does.
+    Equal within the rounding of the model's dtype: what differs is where intermediate values are rounded.  A part that
+    is off is left as it is; a second call can choose other blocks to recompute.  docs/optimize.md says what each part
+    does.
 
     Args:
         model: Bloom, Llama (SmolLM2 too) or Mistral as transformers has it, quantized or not, alone or with peft's
