@@ -14,17 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from qkernels.errors import UserError
-from qlora.checkpoint import check_writable
 
 from . import data, report
-from .checkpoint import ModelSize, build_checkpoint
-from .environment import ROOT, environment
+from .checkpoint import build_checkpoint
+from .command import add_model_flags, model_run, parser_of
 from .jobs import Case, Job
 from .processes import run_job
 from .providers import DTYPES, PROVIDERS
@@ -53,17 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> Path:
     """See `main`; returns the results' path without suffix."""
     begin = time.monotonic()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
-    texts = data.read_prompts(options.data)
-    check_writable(options.out)  # now, not after minutes of measuring
-    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
-    stem = report.file_stem(options.out, size.name, str(common["gpu"] or "cpu"), str(common["date"]))
+    asked = model_run(options)
+    device, texts, common, stem = asked.device, asked.texts, asked.common, asked.stem
     rows: list[report.Row] = []
     with tempfile.TemporaryDirectory(prefix="bloom7b1-") as work:
         checkpoint = options.checkpoint or Path(work) / "checkpoint"
-        common["checkpoint_bytes"] = build_checkpoint(checkpoint, size, device=device)
-        data.train_tokenizer(texts, size.vocab).save_pretrained(checkpoint)
+        common["checkpoint_bytes"] = build_checkpoint(checkpoint, asked.size, device=device)
+        data.train_tokenizer(texts, asked.size.vocab).save_pretrained(checkpoint)
         (Path(work) / "prompts.json").write_text(json.dumps(texts[: options.prompts]), encoding="utf-8")
         print(f"checkpoint: {common['checkpoint_bytes'] / 1e9:.2f} GB after {time.monotonic() - begin:.0f} s")
         for job in _jobs(options, device, checkpoint, Path(work)):
@@ -121,32 +115,16 @@ def _print(row: report.Row, elapsed_s: float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = ModelSize()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bloom7b1", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
-        help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
+    parser = parser_of("bloom7b1", __doc__)
+    add_model_flags(parser)
     parser.add_argument("--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: bf16 and fp16, fp32 on the CPU")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="rows of the data (default: %(default)s)")
     parser.add_argument("--lengths", nargs="*", default=["1x128", "4x512", "8x512"], help="BATCHxLENGTH, synthetic")
     parser.add_argument("--steps", type=int, default=8, help="measured steps at each fixed length")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--limit", type=float, default=510, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--limit-each", type=float, default=140, help="seconds for one stack (default: %(default)s)")
-    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
-    parser.add_argument("--layers", type=int, default=default.layers)
-    parser.add_argument("--hidden", type=int, default=default.hidden)
-    parser.add_argument("--heads", type=int, default=default.heads)
-    parser.add_argument("--vocab", type=int, default=default.vocab)
     return parser
 
 

@@ -18,8 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import bitsandbytes
 import torch
@@ -28,11 +26,10 @@ from torch import Tensor
 
 import qkernels
 
-from .environment import environment
+from .command import add_trial_flag, measure_to_csv, parser_of
 from .operations import GateError
-from .report import file_stem, write_csv
+from .report import Row
 
-Row = dict[str, Any]
 YARDSTICK = "bitsandbytes"
 # Each provider is timed as often, in turns; the median stands in `seconds`.
 ROUNDS = 3
@@ -106,18 +103,8 @@ class Mlp:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write a CSV; 0, or 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.smoke:
-        print("error: there is no GPU here; --smoke tries the script at a small size.", file=sys.stderr)
-        return 2
-    common = environment(device, commit=options.commit)
-    rows: list[Row] = []
-    for row in _rows(TRIAL_SIZES if options.smoke else SIZES, options.trials, device):
-        rows.append({**row, **common})
-        print(_line(row), flush=True)
-    stem = file_stem(options.out, "nf4-exercise", str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
-    print(f"written: {write_csv(stem, rows)}")
-    return 0
+    sizes = TRIAL_SIZES if options.smoke else SIZES
+    return measure_to_csv(options, "nf4-exercise", lambda device: _rows(sizes, options.trials, device), _line)
 
 
 def _rows(sizes: Sequence[Size], trials: int, device: str) -> Iterator[Row]:
@@ -212,13 +199,9 @@ def _line(row: Row) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nf4_exercise", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the CSV")
+    parser = parser_of("nf4_exercise", __doc__)
+    add_trial_flag(parser)
     parser.add_argument("--trials", type=int, default=1000, help="how often each MLP is decoded (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="small sizes: a trial of the script")
-    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -14,6 +15,8 @@ import torch
 import qkernels
 
 from .timing import Call
+
+Provider = Callable[[torch.Tensor], Call]
 
 # (rows, columns) of the weights of one block, and Llama's output layer.
 SHAPES = {
@@ -37,7 +40,7 @@ class Measured:
     """
 
     bytes: int
-    providers: dict[str, Callable[[torch.Tensor], Call]]
+    providers: dict[str, Provider]
     flops: int = 0
     m: int | None = None
 
@@ -45,6 +48,16 @@ class Measured:
 def stored_bytes(n: int) -> float:
     """Codes, 8-bit scales and the scales of the scales of `n` weights."""
     return n * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+
+
+def on_packed(quantize_4bit: Callable[..., Any], use: Callable[[Any, Any], object]) -> Provider:
+    """A provider that `use`s the codes and the state that its own quantizer makes of each weight."""
+
+    def make(weight: torch.Tensor) -> Call:
+        packed, state = quantize_4bit(weight, **FORMAT)
+        return lambda: use(packed, state)
+
+    return make
 
 
 def quantize(weight: torch.Tensor) -> Measured:
@@ -55,7 +68,7 @@ def quantize(weight: torch.Tensor) -> Measured:
     if weight.is_cuda:  # bitsandbytes' CPU path searches the 8-bit map in another way than its kernels
         _must_be_equal("scale codes", our_state.absmax, their_state.absmax)
     _must_be_equal("scales of the scales", our_state.state2.absmax, their_state.state2.absmax)
-    providers: dict[str, Callable[[torch.Tensor], Call]] = {
+    providers: dict[str, Provider] = {
         # Without the check for NaN and Inf, which bitsandbytes does not make.
         "qkernels": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT, check_finite=False),
         "qkernels, checking for NaN and Inf": lambda w: lambda: qkernels.quantize_4bit(w, **FORMAT),
@@ -77,24 +90,14 @@ def dequantize(weight: torch.Tensor) -> Measured:
     _must_be_equal("decoded weights", ours, bnb.dequantize_4bit(packed, bnb_state))
 
     # Both allocate their result, since bitsandbytes' CPU path, which the trial uses, takes no `out`.
-    def qkernels_call(w: torch.Tensor) -> Call:
-        packed, state = qkernels.quantize_4bit(w, **FORMAT)
-        return lambda: qkernels.dequantize_4bit(packed, state)
-
-    def bitsandbytes_call(w: torch.Tensor) -> Call:
-        packed, state = bnb.quantize_4bit(w, **FORMAT)
-        return lambda: bnb.dequantize_4bit(packed, state)
-
-    providers = {"qkernels": qkernels_call, "bitsandbytes": bitsandbytes_call}
+    providers = {
+        "qkernels": on_packed(qkernels.quantize_4bit, qkernels.dequantize_4bit),
+        "bitsandbytes": on_packed(bnb.quantize_4bit, bnb.dequantize_4bit),
+    }
     if weight.is_cuda:
         compiled = _compiled(lambda packed, state: qkernels.dequantize_4bit(packed, state))
         _must_be_equal("decoded weights, compiled,", compiled(packed, state), ours)
-
-        def compiled_call(w: torch.Tensor) -> Call:
-            packed, state = qkernels.quantize_4bit(w, **FORMAT)
-            return lambda: compiled(packed, state)
-
-        providers["qkernels, in torch.compile"] = compiled_call
+        providers["qkernels, in torch.compile"] = on_packed(qkernels.quantize_4bit, compiled)
     return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
 
 
@@ -108,7 +111,7 @@ def copy(weight: torch.Tensor) -> Measured:
     return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
 
 
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled afresh: from the second shape on torch would make sizes dynamic, and after eight give up."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)

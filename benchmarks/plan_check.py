@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from qkernels.errors import UserError
 from qlora.arguments import LoraArguments
-from qlora.checkpoint import atomic_file, check_writable
+from qlora.checkpoint import atomic_file
 from qlora.gpus import find_gpu
 from qlora.memory import PARTS, Run, plan
 from qlora.optimize import optimize_model
@@ -31,8 +31,8 @@ from qlora.roofline import step_time
 from qlora.shapes import meta_model, shapes_of
 
 from . import data, report
-from .checkpoint import ModelSize, build_checkpoint
-from .environment import ROOT, environment
+from .checkpoint import build_checkpoint
+from .command import add_model_flags, model_run, parser_of
 from .providers import DTYPES, PROVIDERS, training_arguments
 from .worker import StepClock
 
@@ -66,17 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> Path:
     """See `main`; returns the results' path without suffix."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
-    texts = data.read_prompts(options.data)
-    check_writable(options.out)
-    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
-    stem = report.file_stem(options.out, f"plan-{size.name}", str(common["gpu"] or "cpu"), str(common["date"]))
+    asked = model_run(options, "plan-")
+    device, size, common, stem = asked.device, asked.size, asked.common, asked.stem
     provider = PROVIDERS["qlora"]
     with tempfile.TemporaryDirectory(prefix="plan-check-") as work:
         checkpoint = options.checkpoint or Path(work) / "checkpoint"
         build_checkpoint(checkpoint, size, device=device)
-        data.train_tokenizer(texts, size.vocab).save_pretrained(checkpoint)
+        data.train_tokenizer(asked.texts, size.vocab).save_pretrained(checkpoint)
         precision = "fp32" if device == "cpu" else options.precision
         base = provider.load(str(checkpoint), DTYPES[precision], "cuda:0" if device == "cuda" else device)
         model = provider.adapt(base)
@@ -128,7 +124,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
     }
     if "gpu_peak_allocated_gib" in row:
         fields["memory_error"] = fields["predicted_allocated_gib"] / row["gpu_peak_allocated_gib"] - 1
-    time = step_time(shapes, replace(run), find_gpu(None))
+    time = step_time(shapes, run, find_gpu(None))
     if time is not None:
         fields["predicted_step_s"] = time.total
         fields["predicted_step_parts_s"] = asdict(time)
@@ -166,27 +162,11 @@ def _cell(value: Any) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = ModelSize()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plan_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the record")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
-        help="CSV of fka/awesome-chatgpt-prompts, for a tokenizer (default: %(default)s)",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser = parser_of("plan_check", __doc__)
+    add_model_flags(parser)
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--steps", type=int, default=4, help="measured steps a case")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
-    parser.add_argument("--layers", type=int, default=default.layers)
-    parser.add_argument("--hidden", type=int, default=default.hidden)
-    parser.add_argument("--heads", type=int, default=default.heads)
-    parser.add_argument("--vocab", type=int, default=default.vocab)
     return parser
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 import qkernels
 import qlora
 
-from .operations import FORMAT, GateError, Measured, stored_bytes
+from .operations import FORMAT, GateError, Measured, Provider, on_packed, stored_bytes
 from .timing import Call
 
 RANK = 16
@@ -29,22 +29,15 @@ def matmul(weight: torch.Tensor, m: int) -> Measured:
     """y[m, N] = x[m, K] W[N, K]^T."""
     x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype)
 
-    def ours(w: torch.Tensor) -> Call:
-        packed, state = qkernels.quantize_4bit(w, **FORMAT)
-        return lambda: qkernels.matmul_4bit(x, packed, state)
-
-    def decoded_first(w: torch.Tensor) -> Call:
-        packed, state = qkernels.quantize_4bit(w, **FORMAT)
-        return lambda: F.linear(x, qkernels.dequantize_4bit(packed, state))
-
-    def theirs(w: torch.Tensor) -> Call:
-        packed, state = bnb.quantize_4bit(w, **FORMAT)
-        return lambda: bitsandbytes.matmul_4bit(x, packed, state)
-
+    ours = on_packed(qkernels.quantize_4bit, lambda packed, state: qkernels.matmul_4bit(x, packed, state))
+    decoded_first = on_packed(
+        qkernels.quantize_4bit, lambda packed, state: F.linear(x, qkernels.dequantize_4bit(packed, state))
+    )
+    theirs = on_packed(bnb.quantize_4bit, lambda packed, state: bitsandbytes.matmul_4bit(x, packed, state))
     exact = _exact(weight)
     truth = x.double() @ exact.t()
     _gate("y", ours(weight)(), theirs(weight)(), F.linear(x, exact.to(x.dtype)), truth)
-    providers: dict[str, Callable[[torch.Tensor], Call]] = {
+    providers: dict[str, Provider] = {
         "qkernels": ours,
         "qkernels, dequantize + cuBLAS": decoded_first,
         "bitsandbytes": theirs,
@@ -59,15 +52,11 @@ def matmul_dx(weight: torch.Tensor, m: int) -> Measured:
     """dx[m, K] = dy[m, N] W[N, K], as the backward pass of each computes it."""
     dy = torch.randn(m, weight.shape[0], device=weight.device, dtype=weight.dtype)
 
-    def ours(w: torch.Tensor) -> Call:
-        packed, state = qkernels.quantize_4bit(w, **FORMAT)
-        return lambda: qkernels.matmul_4bit_dx(dy, packed, state)
-
-    def theirs(w: torch.Tensor) -> Call:
-        # bitsandbytes.autograd._functions.MatMul4Bit.backward, word for word but for the autograd around it.
-        packed, state = bnb.quantize_4bit(w, **FORMAT)
-        return lambda: torch.matmul(dy, bnb.dequantize_4bit(packed, state).to(dy.dtype))
-
+    ours = on_packed(qkernels.quantize_4bit, lambda packed, state: qkernels.matmul_4bit_dx(dy, packed, state))
+    # bitsandbytes.autograd._functions.MatMul4Bit.backward, word for word but for the autograd around it.
+    theirs = on_packed(
+        bnb.quantize_4bit, lambda packed, state: torch.matmul(dy, bnb.dequantize_4bit(packed, state).to(dy.dtype))
+    )
     exact = _exact(weight)
     _gate("dx", ours(weight)(), theirs(weight)(), dy @ exact.to(dy.dtype), dy.double() @ exact)
     return _product(
@@ -93,7 +82,7 @@ def lora(weight: torch.Tensor, m: int) -> Measured:
     def unquantized(w: torch.Tensor) -> Call:
         base = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
         base.weight.data = w
-        return step(_lora_of(base))
+        return step(_lora_of(base, w))
 
     for name, our, their in zip(("dx", "dA", "dB"), ours(weight)(), theirs(weight)(), strict=True):  # type: ignore[arg-type]
         _close(name, our, their)
@@ -111,7 +100,7 @@ PRODUCTS: dict[str, Callable[[torch.Tensor, int], Measured]] = {
 }
 
 
-def _product(weight: torch.Tensor, m: int, providers: dict[str, Callable[[torch.Tensor], Call]]) -> Measured:
+def _product(weight: torch.Tensor, m: int, providers: dict[str, Provider]) -> Measured:
     activations = m * sum(weight.shape) * weight.element_size()
     stored = int(stored_bytes(weight.numel()))
     return Measured(stored + activations, providers, 2 * m * weight.numel(), m)
@@ -144,28 +133,21 @@ def _close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def _adapted(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.Module:
     layer = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight.cpu()})
-    return _lora_of(layer.to(weight.device))
+    return _lora_of(layer.to(weight.device), weight)
 
 
-def _lora_of(base: torch.nn.Module) -> torch.nn.Module:
-    model = torch.nn.Sequential(base)
+def _lora_of(base: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:
+    """The layer with an adapter in the weight's dtype, neither factor zero, and the same for each `base`."""
     base.requires_grad_(False)
-    config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=["0"], init_lora_weights=False)
+    config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=["0"])
+    adapted = peft.get_peft_model(torch.nn.Sequential(base), config)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
-    adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    for adapter in adapters:
-        adapter.data = 0.02 * torch.randn_like(adapter)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.02 * torch.randn(parameter.shape).to(weight)
     layer = adapted.base_model.model[0]  # type: ignore[union-attr,index]
     assert isinstance(layer, torch.nn.Module)
-    for name, parameter in layer.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(next(iter(base.parameters())).device, _dtype_of(base))
     return layer
-
-
-def _dtype_of(base: torch.nn.Module) -> torch.dtype:
-    return getattr(base, "compute_dtype", None) or base.weight.dtype  # type: ignore[return-value]
 
 
 @triton.jit

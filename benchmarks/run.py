@@ -13,18 +13,15 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from .environment import environment
+from .command import add_trial_flag, measure_to_csv, parser_of
 from .operations import OPERATIONS, SHAPES, Measured, copy
 from .products import PRODUCTS
-from .report import file_stem, write_csv
+from .report import Row
 from .timing import Call, Timing, flushed, graph, wall
 
-Row = dict[str, Any]
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
 ROTATION = 8
 # Rows of activations: from one token to a batch of sequences.
@@ -34,19 +31,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write a CSV; 0, or 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.smoke:
-        print("error: there is no GPU here; --smoke tries the script at a small size.", file=sys.stderr)
-        return 2
-    common = environment(device, commit=options.commit)
-    names = "-".join(options.op)
-    stem = file_stem(options.out, names, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
-    rows: list[Row] = []
-    for row in _rows(options, device):
-        rows.append({**row, **common})
-        print(_line(row), flush=True)
-    print(f"written: {write_csv(stem, rows)}")
-    return 0
+    return measure_to_csv(options, "-".join(options.op), lambda device: _rows(options, device), _line)
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
@@ -122,17 +107,13 @@ def _line(row: Row) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of("run", __doc__)
+    add_trial_flag(parser)
     parser.add_argument(
         "--op", action="append", choices=[*OPERATIONS, *PRODUCTS], required=True, help="repeat it for several"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the CSV")
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
     parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")
-    parser.add_argument("--smoke", action="store_true", help="one small shape: a trial of the script")
-    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser
 
 

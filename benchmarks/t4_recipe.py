@@ -14,16 +14,15 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from qkernels.errors import UserError
 from qlora.arguments import LoraArguments
-from qlora.checkpoint import atomic_file, check_writable
+from qlora.checkpoint import atomic_file
 from qlora.gpus import GPUS, find_gpu
 from qlora.memory import PARTS, Run, plan
 from qlora.precision import choose_precision
@@ -32,8 +31,8 @@ from qlora.shapes import meta_model, shapes_of
 
 from . import data, report
 from .bloom7b1 import BATCH, EPOCHS, PROMPTS
-from .checkpoint import ModelSize, build_checkpoint
-from .environment import ROOT, environment
+from .checkpoint import build_checkpoint
+from .command import add_model_flags, model_run, parser_of
 from .jobs import Case, Job
 from .processes import run_job
 from .providers import MAX_LENGTH
@@ -63,12 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> tuple[Path, report.Row]:
     """See `main`; returns the results' path without suffix, and the row."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
-    texts = data.read_prompts(options.data)
-    check_writable(options.out)
-    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
-    stem = report.file_stem(options.out, f"t4-recipe-{size.name}", str(common["gpu"] or "cpu"), str(common["date"]))
+    asked = model_run(options, "t4-recipe-")
+    device, size, texts, common, stem = asked.device, asked.size, asked.texts, asked.common, asked.stem
     with tempfile.TemporaryDirectory(prefix="t4-recipe-") as work:
         checkpoint = options.checkpoint or Path(work) / "checkpoint"
         common["checkpoint_bytes"] = build_checkpoint(checkpoint, size, device=device)
@@ -199,25 +194,9 @@ def _capability() -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = ModelSize()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.t4_recipe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the record")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
-        help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
-    )
-    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser = parser_of("t4_recipe", __doc__)
+    add_model_flags(parser)
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="rows of the data (default: %(default)s)")
-    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
-    parser.add_argument("--layers", type=int, default=default.layers)
-    parser.add_argument("--hidden", type=int, default=default.hidden)
-    parser.add_argument("--heads", type=int, default=default.heads)
-    parser.add_argument("--vocab", type=int, default=default.vocab)
     return parser
 
 

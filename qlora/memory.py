@@ -59,6 +59,10 @@ class Run:
     def tokens(self) -> int:
         return self.batch_size * self.length
 
+    def recomputed_blocks(self, layers: int) -> int:
+        """Of a model's `layers`, those that the backward pass computes again."""
+        return 0 if self.recompute == "nothing" else layers - self.kept_blocks
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -122,7 +126,7 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     size = run.dtype.itemsize
     per_token = run.tokens * size
     scale_bytes = 1 + 4 / 256 if run.double_quantization else 4
-    recomputed = shapes.layers - run.kept_blocks if run.recompute != "nothing" else 0
+    recomputed = run.recomputed_blocks(shapes.layers)
     inputs = recomputed * shapes.hidden * (2 if run.recompute == "parts" else 1) * per_token
     whole = (shapes.layers - recomputed) * (shapes.saved_width + shapes.hidden) * per_token
     decoded = shapes.largest * size

@@ -25,14 +25,17 @@ HEADROOM = 0.95
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
+def fits(shapes: Shapes, run: Run, available_bytes: float) -> bool:
+    """Whether a run stays within the memory, with room for what the plan does not count."""
+    return plan(shapes, run).total <= available_bytes * HEADROOM
+
+
 def most_kept_blocks(shapes: Shapes, run: Run, available_bytes: float) -> int | None:
     """How many blocks can keep everything within the memory; None if the run does not fit without any."""
-    fits = [
-        kept
-        for kept in range(shapes.layers + 1)
-        if plan(shapes, replace(run, kept_blocks=kept)).total <= available_bytes * HEADROOM
-    ]
-    return max(fits, default=None)
+    possible = range(shapes.layers + 1)
+    return max(
+        (kept for kept in possible if fits(shapes, replace(run, kept_blocks=kept), available_bytes)), default=None
+    )
 
 
 def best_run(shapes: Shapes, run: Run, gpu: Gpu) -> Run | None:
@@ -92,9 +95,9 @@ def proposal(shapes: Shapes, run: Run, gpu: Gpu) -> str:
     best = best_run(shapes, run, gpu)
     if best is None:
         shorter = run
-        while shorter.length > 1 and plan(shapes, shorter).total > gpu.memory_gib * GIB * HEADROOM:
+        while shorter.length > 1 and not fits(shapes, shorter, gpu.memory_gib * GIB):
             shorter = replace(shorter, batch_size=1, length=shorter.length // 2)
-        if plan(shapes, shorter).total > gpu.memory_gib * GIB * HEADROOM:
+        if not fits(shapes, shorter, gpu.memory_gib * GIB):
             return "It does not fit, whatever the batch and the length: take a GPU with more memory."
         return f"It does not fit at this length: try --max_length {shorter.length}."
     time = step_time(shapes, best, gpu)

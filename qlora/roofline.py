@@ -75,12 +75,10 @@ def step_time(shapes: Shapes, run: Run, gpu: Gpu) -> StepTime | None:
     flops = gpu.tensor_tflops * 1e12
     bandwidth = gpu.bandwidth_gbps * 1e9 * BANDWIDTH_SHARE
     size = run.dtype.itemsize
-    recomputed_blocks = 0 if run.recompute == "nothing" else shapes.layers - run.kept_blocks
+    blocks_again = run.recomputed_blocks(shapes.layers) / shapes.layers
     left_out = shapes.ending + (shapes.middle if run.recompute == "parts" else 0)
-    again = recomputed_blocks / shapes.layers * (1 - left_out / shapes.quantized)
-    passes = 2 + again
+    passes = 2 + blocks_again * (1 - left_out / shapes.quantized)
     attention_flops = 2 * run.tokens * run.length * shapes.hidden * shapes.layers  # a causal forward pass
-    blocks_again = recomputed_blocks / shapes.layers
     traffic = TRAFFIC_FACTOR * shapes.saved_width * shapes.layers * run.tokens * size
     return StepTime(
         products=passes * 2 * shapes.quantized * run.tokens / (flops * PRODUCT_SHARE),

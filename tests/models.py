@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 VOCABULARY = 96
 # Names of the layers that NF4Config quantizes, a transformer block, and of those that LoRA goes on.
@@ -26,7 +34,8 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return LlamaForCausalLM(LlamaConfig(**({"vocab_size": VOCABULARY} | sizes | changes))).eval()
+    config, kind = (MistralConfig, MistralForCausalLM) if name == "mistral" else (LlamaConfig, LlamaForCausalLM)
+    return kind(config(**({"vocab_size": VOCABULARY} | sizes | changes))).eval()
 
 
 def save_tiny(name: str, folder: Path, **changes) -> Path:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
 import qkernels
-from benchmarks import operations, run
+from benchmarks import operations, products, run
 
 
 def test_a_trial_leaves_a_row_for_each_provider(tmp_path, capsys):
@@ -40,6 +40,27 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(qkernels, "dequantize_4bit", wrong)
     with pytest.raises(operations.GateError, match="1 of 8192 decoded weights differ"):
         operations.dequantize(torch.randn(64, 128))
+
+
+def test_products_are_tried_too(tmp_path):
+    flags = ["--op", "matmul", "--op", "matmul_dx", "--op", "lora", "--m", "3", "--dtype", "float32"]
+    assert run.main([*flags, "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("matmul-matmul_dx-lora-*.csv")
+    rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["op"] != "copy"]
+    assert {row["op"] for row in rows if row["provider"] == "qkernels"} == {"matmul", "matmul_dx", "lora"}
+    assert {row["m"] for row in rows} == {"3"}
+    # 64x128 float32 weights in 4 bits, 3 rows of 64 + 128 activations.
+    expected = int(8192 * (1 / 2 + 1 / 64 + 4 / 16384)) + 3 * (64 + 128) * 4
+    assert {int(row["bytes"]) for row in rows if row["op"] == "matmul"} == {expected}
+    assert {int(row["flops"]) for row in rows if row["op"] == "matmul_dx"} == {2 * 3 * 8192}
+
+
+@pytest.mark.parametrize(("op", "name"), [("matmul", "matmul_4bit"), ("matmul_dx", "matmul_4bit_dx")])
+def test_a_wrong_product_is_not_timed(op, name, monkeypatch):
+    right = getattr(qkernels, name)
+    monkeypatch.setattr(qkernels, name, lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(operations.GateError, match="error of"):
+        products.PRODUCTS[op](torch.randn(64, 128), 3)
 
 
 def test_without_a_gpu_only_a_trial_runs(monkeypatch, tmp_path, capsys):

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from models import VOCABULARY, tiny_model, tokens
+from models import tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from qkernels.errors import UserError
@@ -24,20 +24,6 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 FAMILIES = ["bloom", "llama", "mistral"]
 
 
-def tiny(family: str, **changes):
-    if family != "mistral":
-        return tiny_model(family, **changes)
-    torch.manual_seed(3)
-    sizes = {
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **(sizes | changes))).eval()
-
-
 def stirred(model):
     """Norms, biases and all: fresh ones are constants, which hide errors."""
     generator = torch.Generator().manual_seed(11)
@@ -47,7 +33,7 @@ def stirred(model):
 
 
 def pair(family: str, **options):
-    plain = stirred(tiny(family))
+    plain = stirred(tiny_model(family))
     return plain, optimize_model(copy.deepcopy(plain), **options)
 
 
@@ -173,7 +159,7 @@ def test_recomputation_changes_nothing(family, recompute, offload):
 
 
 def quantized(family: str, **options):
-    model = quantize_model(stirred(tiny(family)), NF4Config())
+    model = quantize_model(stirred(tiny_model(family)), NF4Config())
     optimize_model(prepare_model_for_training(model), **options)
     targets = "all-linear" if family != "bloom" else ["query_key_value"]
     torch.manual_seed(4)
@@ -262,7 +248,7 @@ def test_a_cache_is_left_out_where_blocks_run_twice(family):
 
 
 def test_residuals_after_the_normalization():
-    plain = stirred(tiny("bloom", apply_residual_connection_post_layernorm=True))
+    plain = stirred(tiny_model("bloom", apply_residual_connection_post_layernorm=True))
     optimized = optimize_model(copy.deepcopy(plain))
     torch.testing.assert_close(optimized(tokens()).logits, plain(tokens()).logits, **CLOSE)
 
@@ -297,14 +283,14 @@ def test_gelu_is_finite_where_blooms_is_not():
 
 
 def test_which_models_are_known():
-    assert all(can_optimize(tiny(family)) for family in FAMILIES)
+    assert all(can_optimize(tiny_model(family)) for family in FAMILIES)
     assert not can_optimize(torch.nn.Linear(2, 2))
 
 
 def test_refusals():
     with pytest.raises(UserError, match="Bloom, Llama"):
         optimize_model(torch.nn.Linear(2, 2))
-    model = tiny("bloom")
+    model = tiny_model("bloom")
     with pytest.raises(UserError, match="recompute: expected one of"):
         optimize_model(model, recompute="all")
     with pytest.raises(UserError, match="0 to 2"):
@@ -312,14 +298,14 @@ def test_refusals():
     with pytest.raises(UserError, match="attention and autocast both on"):
         optimize_model(model, attention=False)
     with pytest.raises(UserError, match="not sliced"):
-        optimize_model(tiny("bloom", pretraining_tp=2, slow_but_exact=True))
+        optimize_model(tiny_model("bloom", pretraining_tp=2, slow_but_exact=True))
     optimize_model(model)
     with pytest.raises(UserError, match="output_attentions"):
         model(tokens(), output_attentions=True)
     cache = DynamicCache(config=model.config)
     with pytest.raises(UserError, match="position_ids"):
         model(tokens(), position_ids=torch.arange(9)[None], **{CACHE: cache})
-    replaced = tiny("llama")
+    replaced = tiny_model("llama")
     replaced.model.layers[0].forward = lambda *args: None
     with pytest.raises(UserError, match="was replaced"):
         optimize_model(replaced)

@@ -52,8 +52,9 @@ class Launcher:
             pointers: tensors on that device; None for a pointer that the constants say is not read.
             sizes: run-time integers, each given a type and a specialization as Triton does.
         """
+        scalars = (*sizes, *constants)
         if self._interpreted:
-            self._first(grid, pointers, sizes, constants, config)
+            self._first(grid, pointers, scalars, config)
             return
         device = torch.cuda.current_device()
         addresses: list[int | None] = []
@@ -73,7 +74,7 @@ class Launcher:
         key = (device, specialized, config, constants, *types)
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._first(grid, pointers, sizes, constants, config)
+            self._compiled[key] = self._first(grid, pointers, scalars, config)
             return
         compiled.run(
             *grid,
@@ -84,17 +85,11 @@ class Launcher:
             None,
             None,
             *addresses,
-            *sizes,
-            *constants,
+            *scalars,
         )
 
     def _first(
-        self,
-        grid: Grid,
-        pointers: tuple[torch.Tensor | None, ...],
-        sizes: tuple[int, ...],
-        constants: tuple[object, ...],
-        config: LaunchConfig,
+        self, grid: Grid, pointers: tuple[torch.Tensor | None, ...], scalars: tuple[object, ...], config: LaunchConfig
     ) -> Any:
         """Launch through Triton, which compiles the variant, and return it."""
         tensors = [
@@ -102,10 +97,5 @@ class Launcher:
             for position, pointer in enumerate(pointers)
         ]
         return self._kernel[grid](
-            *tensors,
-            *sizes,
-            *constants,
-            num_warps=config.num_warps,
-            maxnreg=config.max_registers,
-            **self._options,
+            *tensors, *scalars, num_warps=config.num_warps, maxnreg=config.max_registers, **self._options
         )

@@ -49,11 +49,10 @@ class RecomputedBlock:
 
     def _run(self, parts: tuple[Callable[..., Tensor], ...], hidden: Tensor, *arguments: Any) -> Tensor:
         """The parts one after the other, each called with the hidden states and the arguments."""
+        whole = _all_of(parts)
         if not self.recomputes:
-            for part in parts:
-                hidden = part(hidden, *arguments)
-            return hidden
-        pieces = parts if self.recompute == "parts" else (_all_of(parts),)
+            return whole(hidden, *arguments)
+        pieces = parts if self.recompute == "parts" else (whole,)
         with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else contextlib.nullcontext():
             for piece in pieces:
                 hidden = checkpoint(piece, hidden, *arguments, use_reentrant=False)  # type: ignore[assignment]

@@ -1,0 +1,112 @@
+"""What the benchmarks' commands share: flags, the model and the texts they ask for, and the way from rows to a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from qlora.checkpoint import check_writable
+
+from . import data, report
+from .checkpoint import ModelSize
+from .environment import ROOT, environment
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a full-size Bloom with random weights, and of the prompts."""
+    default = ModelSize()
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
+        help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser.add_argument("--layers", type=int, default=default.layers)
+    parser.add_argument("--hidden", type=int, default=default.hidden)
+    parser.add_argument("--heads", type=int, default=default.heads)
+    parser.add_argument("--vocab", type=int, default=default.vocab)
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What the flags of `add_model_flags` say.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        size: of the model.
+        texts: every prompt of the data set.
+        common: what goes into each row: versions, commit, model.
+        stem: the results' path without suffix.
+    """
+
+    device: str
+    size: ModelSize
+    texts: list[str]
+    common: report.Row
+    stem: Path
+
+
+def model_run(options: argparse.Namespace, prefix: str = "") -> ModelRun:
+    """Look at the flags and at what they name, before anything takes minutes.
+
+    Args:
+        prefix: of the results' name, before the model's.
+
+    Raises:
+        UserError: no such data, or nothing can be written there.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
+    texts = data.read_prompts(options.data)
+    check_writable(options.out)
+    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
+    stem = report.file_stem(options.out, prefix + size.name, str(common["gpu"] or "cpu"), str(common["date"]))
+    return ModelRun(device, size, texts, common, stem)
+
+
+def add_trial_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--smoke", action="store_true", help="small sizes: a trial of the script")
+
+
+def measure_to_csv(
+    options: argparse.Namespace,
+    name: str,
+    rows_on: Callable[[str], Iterator[report.Row]],
+    line: Callable[[report.Row], str],
+) -> int:
+    """Measure, print a line a row, write a CSV; 0, or 2 where a measurement is asked for and there is no GPU.
+
+    Args:
+        name: of the results.
+        rows_on: the rows, measured on "cuda" or "cpu".
+        line: a row as text.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.smoke:
+        print("error: there is no GPU here; --smoke tries the script at a small size.", file=sys.stderr)
+        return 2
+    common = environment(device, commit=options.commit)
+    stem = report.file_stem(options.out, name, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
+    rows: list[report.Row] = []
+    for row in rows_on(device):
+        rows.append({**row, **common})
+        print(line(row), flush=True)
+    print(f"written: {report.write_csv(stem, rows)}")
+    return 0
