@@ -56,7 +56,8 @@ FP4_CODE = (*FP4_MAGNITUDES, *(-m for m in FP4_MAGNITUDES))
 
 # index = how many thresholds lie strictly below the scaled value; a tie takes the lower index, NaN takes index 0.
 # Both tables are the constants in the machine code of bitsandbytes 0.50.2, which its files follow.  They are the
-# midpoints of neighbouring codes up to rounding: three of these fifteen are one ulp off the float32 midpoint.
+# midpoints of neighbouring codes up to rounding: four of these fifteen are one ulp off the float32 midpoint.  (The last
+# is written 0.8614784181118011 in bitsandbytes' source; as a double that lies half way and would round up.)
 NF4_THRESHOLDS = (
     -0.8480964303016663,
     -0.6106328964233398,
@@ -72,7 +73,7 @@ NF4_THRESHOLDS = (
     0.3893125355243683,
     0.5016633868217468,
     0.6427869200706482,
-    0.8614784181118011,
+    0.8614783883094788,
 )
 # On magnitudes, from small to large: six-to-eight-digit decimals, five of the seven off the float32 midpoint.
 FP4_THRESHOLDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 
@@ -46,7 +48,17 @@ def test_nf4_thresholds_are_the_midpoints_to_one_ulp():
     middle = (code[1:] + code[:-1]) / 2
     ulp = torch.nextafter(middle.abs(), torch.tensor(torch.inf)) - middle.abs()
     assert ((thresholds - middle).abs() <= ulp).all()
-    assert (thresholds == middle).sum() == 12
+    assert (thresholds == middle).sum() == 11
+
+
+def test_thresholds_are_those_of_the_machine_code():
+    # The operands of FSETP.GT in kQuantizeBlockwise, sm_90, of bitsandbytes 0.50.2's libbitsandbytes_cuda130.so.
+    nf4 = """bf591cd9 bf1c5270 beeb8480 beadea76 be703cec be0d38bc bd3a7871 3d22faff 3df64863 3e5067e0 3e9582d4 3ec753f9
+    3f006d03 3f248daf 3f5c89d9"""
+    fp4 = "3b2aaab9 3db00000 3e555555 3e955555 3ed55556 3f155550 3f555555"
+    for thresholds, machine_code in ((NF4_THRESHOLDS, nf4), (FP4_THRESHOLDS, fp4)):
+        bits = [struct.pack(">f", threshold).hex() for threshold in thresholds]
+        assert bits == machine_code.split()
 
 
 def test_fp4_thresholds_are_the_midpoints_to_seven_digits():

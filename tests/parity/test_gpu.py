@@ -12,7 +12,14 @@ import torch
 from exact import assert_bits_equal
 
 import qkernels
-from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES
+from qkernels.format import (
+    BLOCKSIZES,
+    FLOAT_DTYPES,
+    FP4_THRESHOLDS,
+    NF4_THRESHOLDS,
+    QUANT_STORAGES,
+    QUANT_TYPES,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("new_inputs")]
 
@@ -51,6 +58,16 @@ def test_two_to_the_27_values(blocksize, quant_type, dtype):
     # With and without the check: two builds of the quantizer.
     assert_round_trip_equal(values, **options, check_finite=True)
     assert_round_trip_equal(values, **options, check_finite=False, compress_statistics=True)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_every_threshold(quant_type):
+    # The block's absmax is 1, so every value is its own scaled value: the thresholds, and one ulp to either side.
+    thresholds = torch.tensor(NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS, device="cuda")
+    infinity = thresholds.new_tensor(torch.inf)
+    around = torch.cat([thresholds, thresholds.nextafter(infinity), thresholds.nextafter(-infinity)])
+    values = torch.cat([thresholds.new_ones(1), around, -around])
+    assert_round_trip_equal(values, quant_type=quant_type, blocksize=128)
 
 
 @pytest.mark.parametrize("nested", [False, True])
