@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .dense import linear
 from .format import block_count, packed_length
 from .reference import (
     decode_absmax_reference,
@@ -179,7 +179,7 @@ def _(
     *nested: Tensor | None,
 ) -> Tensor:
     W = torch.ops.qkernels.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested)
-    return F.linear(A, W, bias)
+    return linear(A, W, bias)
 
 
 @torch.library.impl("qkernels::gemm_4bit_dx", "CPU")

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .dense import linear
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.quantize import quantize_4bit_triton
@@ -105,7 +105,7 @@ def gemm_4bit(
     bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
-    return F.linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+    return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
 
 
 def gemm_4bit_dx(

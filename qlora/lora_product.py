@@ -1,8 +1,8 @@
-"""The adapter's part of a layer's output: y + scaling * (x A^T) B^T.
+"""The adapter's part of a layer's output: y += scaling * (x A^T) B^T.
 
 Room: one autograd function; torch only.  A and B are float32 (the optimizer's), the products are in the activations'
-dtype, and what the sum over the tokens gives for A and B is float32 all the way.  The second product adds the update in
-float32 itself: the sum is rounded once, and no tensor of y's size is made for the update.
+dtype, and what the sum over the tokens gives for A and B is float32 all the way.  The second product adds the update to
+y in place and in float32: the sum is rounded once, and nothing of y's size is copied.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        x2 = x.reshape(-1, x.shape[-1])
-        inner = x2 @ A.t()
-        out = torch.addmm(y.reshape(-1, y.shape[-1]), inner, B.t(), alpha=scaling).view(y.shape)
+        inner = x.reshape(-1, x.shape[-1]) @ A.t()
+        y.view(-1, y.shape[-1]).addmm_(inner, B.t(), alpha=scaling)
+        ctx.mark_dirty(y)
         ctx.save_for_backward(x, inner, A, B)
         ctx.scaling = scaling
         ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return out
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -38,17 +38,17 @@ class _AddLora(torch.autograd.Function):
 
 
 def add_lora(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """A layer's output with an adapter's update.
+    """Add an adapter's update to a layer's output, in place.
 
     Args:
-        y: [..., N], what the base layer returned.
+        y: [..., N], contiguous, what the base layer returned and nobody else needs as it was.
         x: [..., K] in y's dtype, the adapter's input (after its dropout).
         lora_A: [r, K], float32 or 16 bits.
         lora_B: [N, r], likewise.
         scaling: of the update.
 
     Returns:
-        [..., N] in y's dtype.  The gradients of lora_A and lora_B are summed in float32.
+        y.  The gradients of lora_A and lora_B are summed in float32.
     """
     return _AddLora.apply(y, x, lora_A, lora_B, scaling)
 

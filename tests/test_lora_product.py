@@ -21,7 +21,7 @@ def test_value_and_gradients(dtype):
     # The products are in the activations' dtype: the truth has the operands that they have.
     exact = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in given.items()}
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    out = add_lora(inputs["y"], inputs["x"], inputs["A"], inputs["B"], 0.5)
+    out = add_lora(inputs["y"].clone(), inputs["x"], inputs["A"], inputs["B"], 0.5)
     truth = exact["y"] + 0.5 * (exact["x"] @ exact["A"].T) @ exact["B"].T
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(upstream)
@@ -36,7 +36,7 @@ def test_value_and_gradients(dtype):
 
 def test_gradcheck():
     inputs = [tensor.double().requires_grad_() for tensor in operands(torch.float32).values()]
-    assert torch.autograd.gradcheck(lambda *tensors: add_lora(*tensors, 0.5), inputs)
+    assert torch.autograd.gradcheck(lambda y, *rest: add_lora(y.clone(), *rest, 0.5), inputs)
 
 
 def test_the_gradients_of_the_adapter_do_not_overflow():
@@ -46,3 +46,11 @@ def test_the_gradients_of_the_adapter_do_not_overflow():
     add_lora(y, x, A, B, 1.0).backward(torch.full((4000, 4), 40.0, dtype=torch.float16))
     assert B.grad.unique().tolist() == [4000 * 40 * 4]
     assert A.grad.unique().tolist() == [4000 * 40 * 4]
+
+
+def test_the_update_is_added_in_place():
+    given = operands(torch.float16)
+    y = given["y"].clone()
+    out = add_lora(y, given["x"], given["A"], given["B"], 0.5)
+    assert out.data_ptr() == y.data_ptr()
+    assert not torch.equal(out, given["y"])
