@@ -188,28 +188,42 @@ def _check_nested(quant_state: QuantState, state2: QuantState) -> None:
         check_same_device(f"quant_state.{name}", tensor, "quant_state.absmax", scales)
 
 
-def check_matmul(
-    A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None, transposed: bool = False
-) -> None:
-    """A[..., K] times the transpose of the weight [N, K] that B and quant_state hold, plus bias[N]; or transposed,
-    A[..., N] times that weight."""
-    check_floating("A", A)
-    check_quant_state(quant_state, "B", B)
-    check_same_device("A", A, "B", B)
+def check_weight(packed_name: str, packed: torch.Tensor, quant_state: QuantState) -> None:
+    """The packed codes of a matrix [N, K] and the state that decodes them."""
+    check_quant_state(quant_state, packed_name, packed)
     assert quant_state.shape is not None
-    shape = tuple(quant_state.shape)
-    inner = 0 if transposed else -1
-    if len(shape) != 2 or A.dim() == 0 or A.shape[-1] != shape[inner]:
+    if len(quant_state.shape) != 2:
         raise UserError(
-            "A",
-            expected=f"a last dimension of {'N' if transposed else 'K'} = {shape[inner]}, "
-            f"for a weight of shape {shape} = (N, K)",
+            "quant_state.shape",
+            expected="(N, K): a matrix",
+            got=str(tuple(quant_state.shape)),
+            remedy="Quantize a weight of shape (out_features, in_features).",
+        )
+
+
+def check_activations(
+    name: str,
+    A: torch.Tensor,
+    packed: torch.Tensor,
+    shape: torch.Size | tuple[int, ...],
+    bias: torch.Tensor | None,
+    transposed: bool = False,
+) -> None:
+    """A[..., K] times the transpose of a weight of `shape` (N, K), plus bias[N]; or transposed, A[..., N] times it."""
+    check_floating(name, A)
+    check_same_device(name, A, "B", packed)
+    inner = shape[0] if transposed else shape[1]
+    if A.dim() == 0 or A.shape[-1] != inner:
+        raise UserError(
+            name,
+            expected=f"a last dimension of {'N' if transposed else 'K'} = {inner}, "
+            f"for a weight of shape {tuple(shape)} = (N, K)",
             got=f"shape {tuple(A.shape)}",
             remedy="The weight is stored as (out_features, in_features); quantize it in that orientation.",
         )
     if bias is not None:
         check_floating("bias", bias)
-        check_same_device("bias", bias, "A", A)
+        check_same_device("bias", bias, name, A)
         if tuple(bias.shape) != (shape[0],):
             raise UserError(
                 "bias", expected=f"shape ({shape[0]},)", got=str(tuple(bias.shape)), remedy="One value an output."

@@ -5,13 +5,16 @@ Room: the door of `qkernels`.  Checks come first (`checks.py`), then the operato
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import autograd, checks
 from .errors import UserError
 from .format import NESTED_BLOCKSIZE, code_table, dynamic_map
-from .ops import in_eager_mode, operator
+from .ops import in_eager_mode, nothing_listens, operator
 from .quant_state import QuantState
 
 
@@ -297,13 +300,11 @@ def matmul_4bit(
     Raises:
         UserError (a ValueError): the shapes, dtypes or devices do not fit each other.
     """
-    checks.check_tensor("B", B)
-    packed = B.data.view(-1)
-    checks.check_matmul(A, packed, quant_state, bias)
+    weight = _weight(B, quant_state)
+    checks.check_activations("A", A, weight[0], weight[1], bias)
     A = A.to(autocast_dtype(A) or A.dtype)
     if bias is not None:
         bias = bias.to(A.dtype)
-    weight = _weight(packed, quant_state)
     if in_eager_mode(A):
         result = autograd.matmul(A, bias, weight)
     else:
@@ -328,10 +329,8 @@ def matmul_4bit_dx(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
     Raises:
         UserError: the shapes, dtypes or devices do not fit each other.
     """
-    checks.check_tensor("B", B)
-    packed = B.data.view(-1)
-    checks.check_matmul(grad, packed, quant_state, None, transposed=True)
-    weight = _weight(packed, quant_state)
+    weight = _weight(B, quant_state)
+    checks.check_activations("grad", grad, weight[0], weight[1], None, transposed=True)
     if in_eager_mode(grad):
         return autograd.matmul_dx(grad, weight)
     return torch.ops.qkernels.gemm_4bit_dx.default(grad, *weight)
@@ -373,7 +372,44 @@ def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tenso
     return quant_state.state2.absmax, (quant_state.absmax, quant_state.state2.code, quant_state.offset)
 
 
-def _weight(packed: Tensor, quant_state: QuantState) -> autograd.Weight:
+def _weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
+    """The operators' arguments for a weight.
+
+    A weight is checked at its first product and again when something of it was exchanged: the checks take longer than a
+    small product, and a layer's weight never changes.
+    """
+    checks.check_tensor("B", B)
+    checks.check_is_state(quant_state)
+    if not nothing_listens() or isinstance(B, FakeTensor):
+        return _checked_weight(B, quant_state)
+    key = (B.data_ptr(), B.get_device(), B.numel(), B.dtype)
+    known = quant_state.checked
+    if known is None or known.key != key or known.state2_parts != _state2_parts(quant_state):
+        known = _Checked(key, _state2_parts(quant_state), _checked_weight(B, quant_state))
+        quant_state.checked = known
+    return known.weight
+
+
+class _Checked(NamedTuple):
+    """Attributes:
+    key: address, device, length and dtype of the packed codes.
+    state2_parts: identities of what double quantization adds.
+    weight: what was checked, as the operators take it.
+    """
+
+    key: tuple[object, ...]
+    state2_parts: tuple[int, ...]
+    weight: autograd.Weight
+
+
+def _state2_parts(quant_state: QuantState) -> tuple[int, ...]:
+    state2 = quant_state.state2
+    return () if state2 is None else (id(state2.absmax), id(state2.code))
+
+
+def _checked_weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
+    packed = B.data.view(-1)
+    checks.check_weight("B", packed, quant_state)
     scales, nested = _scales(quant_state)
     return packed, quant_state.shape, scales, quant_state.blocksize, quant_state.quant_type, *nested
 

@@ -209,17 +209,19 @@ _OPERATORS = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def in_eager_mode(tensor: Tensor) -> bool:
-    """Whether an operator on this tensor may be called without torch's dispatcher, which takes longer than a small
-    kernel runs: a plain CUDA tensor, and nothing that listens or traces (torch.compile, subclasses such as fake
-    tensors, dispatch modes, function transforms)."""
+def nothing_listens() -> bool:
+    """No tracing (torch.compile), no dispatch mode (as of fake tensors), no function transform is active."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in _PLAIN
-        and tensor.is_cuda
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
     )
+
+
+def in_eager_mode(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor may be called without torch's dispatcher, which takes longer than a small
+    kernel runs: a plain CUDA tensor, and nothing that listens."""
+    return type(tensor) in _PLAIN and tensor.is_cuda and nothing_listens()
 
 
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:

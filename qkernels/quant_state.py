@@ -33,7 +33,10 @@ class QuantState:
         offset: mean of the scales, a float32 scalar tensor; None without double quantization.
         state2: QuantState of the 8-bit scales; None without double quantization.
         nested: whether the scales are themselves quantized.
+        checked: what `functional.py` found when it last looked at the state; None since an attribute was set.
     """
+
+    checked: Any
 
     def __init__(
         self,
@@ -54,6 +57,13 @@ class QuantState:
         self.dtype = dtype
         self.offset = offset
         self.state2 = state2
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.__dict__["checked"] = None
+        self.__dict__[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "checked": None}  # a copy or a file has no use for it, and it holds the packed codes
 
     @property
     def nested(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from qkernels import (
     BLOCKSIZES,
     QUANT_STORAGES,
     UserError,
+    checks,
     dequantize_4bit,
     dequantize_blockwise,
     gemv_4bit,
@@ -230,6 +234,38 @@ def test_matmul_says_what_is_wrong():
     for arguments, options, message in cases:
         with pytest.raises(UserError, match=message):
             matmul_4bit(*arguments, **options)
+
+
+def test_a_weight_is_checked_once_until_a_part_of_it_is_exchanged(monkeypatch):
+    packed, state = packed_weight(compress_statistics=True)
+    x = torch.randn(2, 40)
+    y = matmul_4bit(x, packed, state)
+    checked = []
+    right = checks.check_weight
+    monkeypatch.setattr(checks, "check_weight", lambda *arguments: (checked.append(arguments), right(*arguments)))
+    assert torch.equal(matmul_4bit(x, packed, state), y)
+    assert not checked
+    other, _ = packed_weight(compress_statistics=True)
+    assert not torch.equal(matmul_4bit(x, other, state), y)  # other codes: looked at, and used
+    assert len(checked) == 1
+    with pytest.raises(UserError, match="B"):
+        matmul_4bit(x, packed[:-1], state)
+    state.state2.absmax = state.state2.absmax.double()
+    with pytest.raises(UserError, match="absmax"):
+        matmul_4bit(x, packed, state)
+    state.state2.absmax = state.state2.absmax.float()
+    matmul_4bit(x, packed, state)
+    state.shape = torch.Size((40, 25))
+    with pytest.raises(UserError, match="B"):
+        matmul_4bit(x, packed, state)
+
+
+def test_a_copied_or_saved_state_leaves_the_codes_behind():
+    packed, state = packed_weight()
+    matmul_4bit(torch.randn(2, 40), packed, state)
+    assert state.checked is not None
+    assert copy.deepcopy(state).checked is None
+    assert pickle.loads(pickle.dumps(state)).checked is None
 
 
 def test_dequantize_says_what_is_wrong():
