@@ -34,9 +34,7 @@ def matmul(weight: torch.Tensor, m: int) -> Measured:
         qkernels.quantize_4bit, lambda packed, state: F.linear(x, qkernels.dequantize_4bit(packed, state))
     )
     theirs = on_packed(bnb.quantize_4bit, lambda packed, state: bitsandbytes.matmul_4bit(x, packed, state))
-    exact = _exact(weight)
-    truth = x.double() @ exact.t()
-    _gate("y", ours(weight)(), theirs(weight)(), F.linear(x, exact.to(x.dtype)), truth)
+    gate("y", weight, x, ours(weight)(), theirs(weight)())
     providers: dict[str, Provider] = {
         "qkernels": ours,
         "qkernels, dequantize + cuBLAS": decoded_first,
@@ -45,7 +43,7 @@ def matmul(weight: torch.Tensor, m: int) -> Measured:
     }
     if m == 1 and weight.is_cuda:
         providers["read only"] = _reader
-    return _product(weight, m, providers)
+    return product(weight, m, providers)
 
 
 def matmul_dx(weight: torch.Tensor, m: int) -> Measured:
@@ -57,9 +55,8 @@ def matmul_dx(weight: torch.Tensor, m: int) -> Measured:
     theirs = on_packed(
         bnb.quantize_4bit, lambda packed, state: torch.matmul(dy, bnb.dequantize_4bit(packed, state).to(dy.dtype))
     )
-    exact = _exact(weight)
-    _gate("dx", ours(weight)(), theirs(weight)(), dy @ exact.to(dy.dtype), dy.double() @ exact)
-    return _product(
+    gate("dx", weight, dy, ours(weight)(), theirs(weight)(), transposed=True)
+    return product(
         weight, m, {"qkernels": ours, "bitsandbytes": theirs, "torch": lambda w: lambda: torch.matmul(dy, w)}
     )
 
@@ -74,10 +71,10 @@ def lora(weight: torch.Tensor, m: int) -> Measured:
         return lambda: torch.autograd.grad(layer(x), [x, *adapters], dy)
 
     def ours(w: torch.Tensor) -> Call:
-        return step(_adapted(qlora.Linear4bit, w))
+        return step(_lora_of(packed_layer(qlora.Linear4bit, w), w))
 
     def theirs(w: torch.Tensor) -> Call:
-        return step(_adapted(bitsandbytes.nn.Linear4bit, w))
+        return step(_lora_of(packed_layer(bitsandbytes.nn.Linear4bit, w), w))
 
     def unquantized(w: torch.Tensor) -> Call:
         base = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
@@ -86,7 +83,7 @@ def lora(weight: torch.Tensor, m: int) -> Measured:
 
     for name, our, their in zip(("dx", "dA", "dB"), ours(weight)(), theirs(weight)(), strict=True):  # type: ignore[arg-type]
         _close(name, our, their)
-    measured = _product(
+    measured = product(
         weight, m, {"qkernels": ours, "bitsandbytes + peft": theirs, "torch + peft, 16 bits": unquantized}
     )
     adapters = RANK * sum(weight.shape)
@@ -100,24 +97,34 @@ PRODUCTS: dict[str, Callable[[torch.Tensor, int], Measured]] = {
 }
 
 
-def _product(weight: torch.Tensor, m: int, providers: dict[str, Provider]) -> Measured:
+def product(weight: torch.Tensor, m: int, providers: dict[str, Provider]) -> Measured:
+    """What a product with m rows reads, writes and computes, and who computes it."""
     activations = m * sum(weight.shape) * weight.element_size()
     stored = int(stored_bytes(weight.numel()))
     return Measured(stored + activations, providers, 2 * m * weight.numel(), m)
 
 
-def _exact(weight: torch.Tensor) -> torch.Tensor:
+def gate(
+    name: str, weight: torch.Tensor, x: torch.Tensor, ours: object, theirs: object, transposed: bool = False
+) -> None:
+    """Hold two products with the quantized weight, x W^T or x W, against float64 on the decoded weight.
+
+    Raises:
+        GateError: our error is larger than bitsandbytes' and than twice that of torch's product.
+    """
     packed, state = qkernels.quantize_4bit(weight, **FORMAT)
-    return qkernels.dequantize_4bit(packed, state).double()
+    decoded = qkernels.dequantize_4bit(packed, state)
+    decoded = decoded if transposed else decoded.t()
+    truth = x.double() @ decoded.double()
 
-
-def _gate(name: str, ours: torch.Tensor, theirs: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> None:
     def errors(result: object) -> tuple[float, float]:
         assert isinstance(result, torch.Tensor)
         difference = result.double() - truth
         return difference.abs().max().item(), difference.pow(2).mean().sqrt().item()
 
-    for what, our, their, own in zip(("maximum", "RMS"), errors(ours), errors(theirs), errors(torchs), strict=True):
+    for what, our, their, own in zip(
+        ("maximum", "RMS"), errors(ours), errors(theirs), errors(x @ decoded), strict=True
+    ):
         if not our <= max(their, 2 * own):
             raise GateError(
                 f"{what} error of {name} is {our:.3g}, of bitsandbytes {their:.3g}, of torch's product {own:.3g}"
@@ -130,10 +137,11 @@ def _close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         raise GateError(f"{name} differs from that of peft on bitsandbytes by {100 * error:.1f}%")
 
 
-def _adapted(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.Module:
+def packed_layer(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.Module:
+    """A 4-bit linear layer, ours or bitsandbytes', with `weight` quantized on its device."""
     layer = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight.cpu()})
-    return _lora_of(layer.to(weight.device), weight)
+    return layer.to(weight.device)
 
 
 def _lora_of(base: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Module:

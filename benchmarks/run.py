@@ -17,15 +17,17 @@ from dataclasses import asdict
 import torch
 
 from .command import add_trial_flag, measure_to_csv, parser_of
+from .modules import MODULES
 from .operations import OPERATIONS, SHAPES, Measured, copy
 from .products import PRODUCTS
 from .report import Row
-from .timing import Call, Timing, flushed, graph, wall
+from .timing import Call, Timing, flushed, graph, host, wall
 
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
 ROTATION = 8
 # Rows of activations: from one token to a batch of sequences.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_WITH_ROWS = {**PRODUCTS, **MODULES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
                     yield {**base, **row, "percent_of_copy": 100.0}
                 for op, measured in _cases(options, weights[0]):
                     for row in _measure(op, measured, weights):
-                        share = 100 * row["gbps"] / bandwidth[row["method"]] if row["status"] == "ok" else None
+                        known = bandwidth.get(row["method"])
+                        share = 100 * row["gbps"] / known if known and row["status"] == "ok" else None
                         yield {**base, **row, "percent_of_copy": share}
 
 
@@ -59,14 +62,14 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[
             yield op, OPERATIONS[op](weight)
         else:
             for m in options.m or ((1, 16) if options.smoke else ROWS):
-                yield op, PRODUCTS[op](weight, m)
+                yield op, _WITH_ROWS[op](weight, m)
 
 
 def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterator[Row]:
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, make in measured.providers.items():
         calls = [make(weight) for weight in weights]
-        for method in ("flushed", "graph") if weights[0].is_cuda else ("wall",):
+        for method in _methods(op, weights[0]):
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
             reason = _not_capturable(provider, op) if method == "graph" else None
             if reason is not None:
@@ -78,10 +81,16 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterat
             yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, **sizes}
 
 
+def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
+    if not weight.is_cuda:
+        return ("wall",)
+    return ("flushed", "graph", "host") if op in MODULES else ("flushed", "graph")
+
+
 def _time(method: str, calls: list[Call]) -> Timing:
     if method == "graph":
         return graph(calls)
-    return flushed(calls[0]) if method == "flushed" else wall(calls[0])
+    return {"flushed": flushed, "host": host, "wall": wall}[method](calls[0])
 
 
 def _not_capturable(provider: str, op: str) -> str | None:
@@ -101,7 +110,7 @@ def _line(row: Row) -> str:
     if row["status"] == "ok":
         result = (
             f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
-            f"{row['percent_of_copy']:4.0f}% of copy"
+            + (f"{row['percent_of_copy']:4.0f}% of copy" if row["percent_of_copy"] else "")
         )
     return f"{row['op']:10} {shape:28} {row['method']:8} {row['provider']:35} {result}"
 
@@ -110,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("run", __doc__)
     add_trial_flag(parser)
     parser.add_argument(
-        "--op", action="append", choices=[*OPERATIONS, *PRODUCTS], required=True, help="repeat it for several"
+        "--op", action="append", choices=[*OPERATIONS, *_WITH_ROWS], required=True, help="repeat it for several"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
     parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")

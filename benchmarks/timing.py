@@ -1,8 +1,9 @@
-"""Two ways to time an operation on a GPU, and one on a CPU; each gives percentiles of repeated runs.
+"""Three ways to time an operation on a GPU, and one on a CPU; each gives percentiles of repeated runs.
 
 * `flushed`: the L2 cache is emptied before every call, and events stand around the call; it carries a few microseconds
   of launch time.
 * `graph`: calls over enough different inputs to overflow the L2 cache, captured in one CUDA graph; no launch gaps.
+* `host`: a CPU's clock around calls that are not waited for: what the host spends on a call, where the GPU is faster.
 * `wall`: a CPU's clock around the call, for trials.
 """
 
@@ -59,6 +60,19 @@ def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
         end.record()
     torch.cuda.synchronize()
     return _percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
+
+
+def host(call: Call, calls: int = 500, rounds: int = 11) -> Timing:
+    """Time the host's part of a call: a round is many calls, waited for after its end only."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append(1e6 * (time.perf_counter() - begin) / calls)
+    torch.cuda.synchronize()
+    return _percentiles(times[1:])  # the first one warms up
 
 
 def wall(call: Call, repeats: int = 5) -> Timing:

@@ -43,11 +43,12 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 
 def test_products_are_tried_too(tmp_path):
-    flags = ["--op", "matmul", "--op", "matmul_dx", "--op", "lora", "--m", "3", "--dtype", "float32"]
-    assert run.main([*flags, "--smoke", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("matmul-matmul_dx-lora-*.csv")
+    ops = ["matmul", "matmul_dx", "lora", "linear4bit"]
+    flags = [flag for op in ops for flag in ("--op", op)]
+    assert run.main([*flags, "--m", "3", "--dtype", "float32", "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("matmul-matmul_dx-lora-linear4bit-*.csv")
     rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["op"] != "copy"]
-    assert {row["op"] for row in rows if row["provider"] == "qkernels"} == {"matmul", "matmul_dx", "lora"}
+    assert {row["op"] for row in rows if row["provider"] == "qkernels"} == set(ops)
     assert {row["m"] for row in rows} == {"3"}
     # 64x128 float32 weights in 4 bits, 3 rows of 64 + 128 activations.
     expected = int(8192 * (1 / 2 + 1 / 64 + 4 / 16384)) + 3 * (64 + 128) * 4

@@ -1,0 +1,40 @@
+"""The measured modules: one linear layer in inference, where the host's part of a call counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import bitsandbytes
+import torch
+
+import qlora
+
+from .operations import Measured, Provider
+from .products import gate, packed_layer, product
+from .timing import Call
+
+
+def linear4bit(weight: torch.Tensor, m: int) -> Measured:
+    """`Linear4bit.forward` on x[m, K], beside `nn.Linear` with the unquantized weight."""
+    x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype)
+
+    def of(make: Callable[[torch.Tensor], torch.nn.Module]) -> Provider:
+        def call(w: torch.Tensor) -> Call:
+            layer = make(w).requires_grad_(False)
+            return lambda: layer(x)
+
+        return call
+
+    ours = of(lambda w: packed_layer(qlora.Linear4bit, w))
+    theirs = of(lambda w: packed_layer(bitsandbytes.nn.Linear4bit, w))
+    gate("y", weight, x, ours(weight)(), theirs(weight)())
+    return product(weight, m, {"qkernels": ours, "bitsandbytes": theirs, "torch": of(_float_layer)})
+
+
+def _float_layer(weight: torch.Tensor) -> torch.nn.Module:
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+MODULES: dict[str, Callable[[torch.Tensor, int], Measured]] = {"linear4bit": linear4bit}
