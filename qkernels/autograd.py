@@ -74,7 +74,8 @@ def matmul_dx(grad: Tensor, weight: Weight) -> Tensor:
 
 def _product(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        return operator("gemm_4bit", A)(A, *weight[:5], bias, *weight[5:])
+        B, shapeB, absmax, blocksize, quant_type, *nested = weight
+        return operator("gemm_4bit", A)(A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
 
 
 def _product_dx(grad: Tensor, weight: Weight) -> Tensor:

@@ -302,9 +302,11 @@ def matmul_4bit(
     """
     weight = _weight(B, quant_state)
     checks.check_activations("A", A, weight[0], weight[1], bias)
-    A = A.to(autocast_dtype(A) or A.dtype)
-    if bias is not None:
-        bias = bias.to(A.dtype)
+    dtype = autocast_dtype(A) or A.dtype
+    if dtype is not A.dtype:
+        A = A.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
     if in_eager_mode(A):
         result = autograd.matmul(A, bias, weight)
     else:
@@ -378,26 +380,27 @@ def _weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
     A weight is checked at its first product and again when something of it was exchanged: the checks take longer than a
     small product, and a layer's weight never changes.
     """
-    checks.check_tensor("B", B)
-    checks.check_is_state(quant_state)
-    if not nothing_listens() or isinstance(B, FakeTensor):
+    if not nothing_listens() or not isinstance(B, Tensor) or isinstance(B, FakeTensor):
         return _checked_weight(B, quant_state)
-    key = (B.data_ptr(), B.get_device(), B.numel(), B.dtype)
-    known = quant_state.checked
-    if known is None or known.key != key or known.state2_parts != _state2_parts(quant_state):
-        known = _Checked(key, _state2_parts(quant_state), _checked_weight(B, quant_state))
+    with torch._C.DisableTorchFunctionSubclass():  # a parameter's subclass would take longer to say where it lies
+        address, n = B.data_ptr(), B.numel()
+    known = quant_state.checked if isinstance(quant_state, QuantState) else None
+    if known is None or known.address != address or known.n != n or known.state2_parts != _state2_parts(quant_state):
+        weight = _checked_weight(B, quant_state)
+        known = _Checked(address, n, _state2_parts(quant_state), weight)
         quant_state.checked = known
     return known.weight
 
 
 class _Checked(NamedTuple):
     """Attributes:
-    key: address, device, length and dtype of the packed codes.
+    address, n: of the packed codes; n is the number of elements.
     state2_parts: identities of what double quantization adds.
     weight: what was checked, as the operators take it.
     """
 
-    key: tuple[object, ...]
+    address: int
+    n: int
     state2_parts: tuple[int, ...]
     weight: autograd.Weight
 
@@ -408,6 +411,7 @@ def _state2_parts(quant_state: QuantState) -> tuple[int, ...]:
 
 
 def _checked_weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
+    checks.check_tensor("B", B)
     packed = B.data.view(-1)
     checks.check_weight("B", packed, quant_state)
     scales, nested = _scales(quant_state)

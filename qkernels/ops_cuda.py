@@ -19,11 +19,13 @@ from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.quantize import quantize_4bit_triton
 from .tuning import elementwise_config
 
+_NOTHING = nullcontext()
+
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device the current one; free of cost where it is already."""
-    if tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if tensor.get_device() == torch._C._cuda_getDevice():
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 

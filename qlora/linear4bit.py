@@ -127,9 +127,11 @@ class Linear4bit(Module4bit, nn.Linear):
             UserError: the weight is not quantized yet; x has another last dimension, dtype or device.
         """
         packed, quant_state = self._packed()
-        autocast = autocast_dtype(x)
-        dtype = autocast or self.compute_dtype or x.dtype
-        return matmul_4bit(x.to(dtype), packed, quant_state, bias=self.bias).to(autocast or x.dtype)
+        given = x.dtype
+        # Under autocast `matmul_4bit` computes in autocast's dtype and returns it.
+        if self.compute_dtype is None or self.compute_dtype is given or autocast_dtype(x) is not None:
+            return matmul_4bit(x, packed, quant_state, bias=self.bias)
+        return matmul_4bit(x.to(self.compute_dtype), packed, quant_state, bias=self.bias).to(given)
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

@@ -85,7 +85,8 @@ class Module4bit(nn.Module):
 
     def _packed(self) -> tuple[torch.Tensor, QuantState]:
         """The packed codes and their scales, or a clear error where there are none."""
-        quant_state = self.quant_state
+        weight = self.weight
+        quant_state = weight.quant_state if isinstance(weight, Params4bit) else self._last_quant_state
         if quant_state is None:
             raise UserError(
                 self.weight_name,
@@ -93,16 +94,16 @@ class Module4bit(nn.Module):
                 got=f"{self.weight.dtype} on {self.weight.device}, not quantized yet",
                 remedy="Move the layer to its device first: .to('cuda') or .to('cpu') quantizes it.",
             )
-        if isinstance(self.weight, Params4bit):
-            return self.weight, quant_state
-        if self.weight.numel() != packed_length(torch.Size(quant_state.shape or ()).numel(), self.weight.dtype):
+        if isinstance(weight, Params4bit):
+            return weight, quant_state
+        if weight.numel() != packed_length(torch.Size(quant_state.shape or ()).numel(), weight.dtype):
             raise UserError(
                 self.weight_name,
                 expected=f"the packed codes of a {tuple(quant_state.shape or ())} weight",
-                got=f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)}",
+                got=f"a {type(weight).__name__} of shape {tuple(weight.shape)}",
                 remedy="Assign a Params4bit, or load a state_dict.",
             )
-        return self.weight, quant_state
+        return weight, quant_state
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as the layer uses it.

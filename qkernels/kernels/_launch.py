@@ -56,7 +56,7 @@ class Launcher:
         if self._interpreted:
             self._first(grid, pointers, scalars, config)
             return
-        device = torch.cuda.current_device()
+        device = torch._C._cuda_getDevice()
         addresses: list[int | None] = []
         types: list[torch.dtype | None] = []
         specialized = 0  # one bit a pointer, three a size

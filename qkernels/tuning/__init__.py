@@ -5,6 +5,7 @@ Room: tables as reviewed Python.  No autotuning on the user's path: it stalls th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -44,6 +45,7 @@ _TILES = {
 }
 
 
+@lru_cache
 def elementwise_config(op: str, blocksize: int) -> LaunchConfig:
     """Configuration of the quantize and dequantize kernels, 4-bit and 8-bit.
 
