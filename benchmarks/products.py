@@ -7,6 +7,7 @@ bitsandbytes' and twice torch's own in that dtype, in maximum and in RMS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -138,9 +139,14 @@ def _close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def packed_layer(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.Module:
-    """A 4-bit linear layer, ours or bitsandbytes', with `weight` quantized on its device."""
-    layer = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
-    layer.load_state_dict({"weight": weight.cpu()})
+    """A 4-bit linear layer, ours or bitsandbytes', with `weight` quantized on its device.
+
+    The parameter is exchanged, as transformers does when it loads: `load_state_dict` would quantize a float32 copy, and
+    bitsandbytes would decode to float32 ever after.
+    """
+    layer: Any = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    parameter = type(layer.weight)
+    layer.weight = parameter(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
     return layer.to(weight.device)
 
 

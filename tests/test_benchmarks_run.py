@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
+import bitsandbytes
+
 import qkernels
+import qlora
 from benchmarks import operations, products, run
 
 
@@ -62,6 +65,13 @@ def test_a_wrong_product_is_not_timed(op, name, monkeypatch):
     monkeypatch.setattr(qkernels, name, lambda *arguments: right(*arguments) * 1.01)
     with pytest.raises(operations.GateError, match="error of"):
         products.PRODUCTS[op](torch.randn(64, 128), 3)
+
+
+@pytest.mark.parametrize("kind", [qlora.Linear4bit, bitsandbytes.nn.Linear4bit])
+def test_both_layers_decode_to_the_weight_s_dtype(kind):
+    layer = products.packed_layer(kind, torch.randn(64, 128, dtype=torch.float16))
+    assert layer.weight.quant_state.dtype == torch.float16
+    assert layer.weight.quant_state.nested
 
 
 def test_without_a_gpu_only_a_trial_runs(monkeypatch, tmp_path, capsys):
