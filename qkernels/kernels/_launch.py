@@ -57,20 +57,18 @@ class Launcher:
             self._first(grid, pointers, scalars, config)
             return
         device = torch._C._cuda_getDevice()
-        addresses: list[int | None] = []
-        types: list[torch.dtype | None] = []
-        specialized = 0  # one bit a pointer, three a size
-        for pointer in pointers:
-            if pointer is None:
-                addresses.append(None)
-                types.append(None)
-            else:
-                address = pointer.data_ptr()
-                addresses.append(address)
-                types.append(pointer.dtype)
-                specialized = specialized * 2 + (address % 16 == 0)
+        addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
+        types = [None if pointer is None else pointer.dtype for pointer in pointers]
+        specialized = 0  # three bits a size, one a pointer; nearly always all pointers are aligned
         for size in sizes:
             specialized = specialized * 8 + (size % 16 == 0) + 2 * (size == 1) + 4 * (size >= 2**31)
+        together = 0
+        for address in addresses:
+            together |= address or 0
+        if together % 16:
+            for address in addresses:
+                specialized = specialized * 2 + (address is not None and address % 16 != 0)
+            specialized = -specialized - 1
         key = (device, specialized, config, constants, *types)
         compiled = self._compiled.get(key)
         if compiled is None:
