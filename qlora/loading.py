@@ -17,7 +17,8 @@ from qkernels.errors import UserError
 
 from .checkpoint import is_local
 from .integrations.transformers import NF4Config, quantize_model
-from .integrations.transformers.config import METHOD, as_dtype
+from .integrations.transformers.bitsandbytes_files import BitsAndBytesNF4Config, is_4bit_of_bitsandbytes
+from .integrations.transformers.config import METHOD, as_dtype, check_same_format
 from .load_errors import one_error
 from .precision import choose_precision, resolve_device
 
@@ -95,10 +96,10 @@ def load_pretrained_4bit(
             return quantize_model(_load_gguf(name, float_dtype, kwargs), config, target)
         stored = _stored_config(name, kwargs)
         arguments = {"dtype": float_dtype, "weights_only": True, "device_map": {"": target}, **kwargs}
-        if stored is None:
+        if stored is not None:
+            check_same_format(repr(name), stored, config)
+        if stored is None or isinstance(stored, BitsAndBytesNF4Config):
             arguments["quantization_config"] = config  # not None else: that would erase the stored one
-        else:
-            _check_same_format(name, stored, config)
         return _load_whole(name, arguments)
 
 
@@ -221,24 +222,13 @@ def _stored_config(name: str, kwargs: dict[str, Any]) -> NF4Config | None:
     stored = fields.get("quantization_config")
     if stored is None:
         return None
+    if is_4bit_of_bitsandbytes(stored):
+        return BitsAndBytesNF4Config(stored)
     if stored.get("quant_method") != METHOD:
         raise UserError(
             "name_or_path",
-            expected="a float checkpoint, or one saved with NF4Config",
+            expected="a float checkpoint, or a 4-bit one saved with NF4Config or by bitsandbytes",
             got=f"{name!r}, which is quantized by {stored.get('quant_method')!r}",
             remedy="Load the float checkpoint that it was made from.",
         )
     return NF4Config.from_dict(stored)
-
-
-def _check_same_format(name: str, stored: NF4Config, asked: NF4Config) -> None:
-    """A checkpoint that is 4-bit already keeps its format; asking for another one must not pass unnoticed."""
-    default = NF4Config().to_dict()
-    for field, value in asked.to_dict().items():
-        if value != default[field] and value != stored.to_dict()[field]:
-            raise UserError(
-                field,
-                expected=f"{stored.to_dict()[field]!r}, as {name!r} was saved with",
-                got=repr(value),
-                remedy="Leave the argument out, or load the float checkpoint that it was made from.",
-            )

@@ -165,7 +165,7 @@ def test_stored_format_wins_over_defaults_and_disagreement_is_an_error(saved):
         load_pretrained_4bit(saved, blocksize=128)
 
 
-@pytest.mark.parametrize("field", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq"}])
+@pytest.mark.parametrize("field", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq"}])
 def test_checkpoint_of_another_method(saved, field):
     edit_config(saved, quantization_config=field)
     with pytest.raises(UserError, match=f"saved', which is quantized by '{field['quant_method']}'"):

@@ -2,9 +2,11 @@
 
 Room: the only folder that imports transformers' quantizer machinery (5.17 to 5.24).  Importing it, or `qlora`,
 registers the method "qkernels_nf4"; without that import transformers takes such a checkpoint for a float one.
-`config.py` is what the user writes, `quantizer.py` what transformers calls, `conversion.py` what happens to one weight.
+`config.py` is what the user writes, `quantizer.py` what transformers calls, `conversion.py` what happens to one weight,
+`bitsandbytes_files.py` the same for what bitsandbytes wrote.
 """
 
+from . import bitsandbytes_files as _bitsandbytes_files  # noqa: F401  (registers)
 from .config import NF4Config
 from .quantizer import dequantize_model, quantize_model
 

@@ -6,7 +6,7 @@ Room: values and their checks; no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.quantizers import register_quantization_config
@@ -57,6 +57,8 @@ class NF4Config(QuantizationConfigMixin):
     compute_dtype: torch.dtype | None
     modules_to_not_convert: list[str] | None
 
+    skips_are_added: ClassVar[bool] = True  # whether `modules_to_not_convert` adds to what stays float anyway
+
     def __init__(
         self,
         *,
@@ -88,6 +90,33 @@ class NF4Config(QuantizationConfigMixin):
         fields = super().to_dict()
         dtypes = {name: value for name, value in fields.items() if isinstance(value, torch.dtype)}
         return fields | {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+
+
+# What a checkpoint's weights are packed as; the other fields say how to compute, or which modules are meant.
+_FORMAT = ("quant_type", "compress_statistics", "blocksize", "quant_storage", "modules_to_not_convert")
+
+
+def check_same_format(name: str, stored: NF4Config, asked: NF4Config) -> None:
+    """A checkpoint that is 4-bit already keeps its format; asking for another one must not pass unnoticed.
+
+    Args:
+        name: how errors call the checkpoint.
+        stored: how it is quantized.
+        asked: what the user wrote; defaults ask for nothing.
+
+    Raises:
+        UserError: a field that is neither the default nor what is stored.
+    """
+    default = NF4Config()
+    for field in _FORMAT:
+        value = getattr(asked, field)
+        if value != getattr(default, field) and value != getattr(stored, field):
+            raise UserError(
+                field,
+                expected=f"{getattr(stored, field)!r}, as {name} was saved with",
+                got=repr(value),
+                remedy="Leave the argument out, or load the float checkpoint that it was made from.",
+            )
 
 
 def as_dtype(argument: str, value: torch.dtype | str, choices: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> torch.dtype:

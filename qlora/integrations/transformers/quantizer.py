@@ -85,10 +85,12 @@ class NF4Quantizer(HfQuantizer):
             UserError: there are none, a name in `modules_to_not_convert` is unknown, or the architecture cannot do.
         """
         _refuse_sliced_layers(model.config)
-        wanted = self.quantization_config.modules_to_not_convert
+        config = self.quantization_config
+        wanted = config.modules_to_not_convert
         keep_in_fp32 = list(model._keep_in_fp32_modules or ())
-        self._not_converted = self.get_modules_to_not_convert(model, wanted, keep_in_fp32, add_default_skips=True)
-        _refuse_unknown_names(model, wanted or [])
+        self._not_converted = self.get_modules_to_not_convert(model, wanted, keep_in_fp32, config.skips_are_added)
+        if config.skips_are_added:  # bitsandbytes' checkpoints name modules of other architectures too
+            _refuse_unknown_names(model, wanted or [])
         layers = self._convertible(model)
         if not layers:
             raise UserError(
@@ -101,10 +103,11 @@ class NF4Quantizer(HfQuantizer):
 
     def _convertible(self, model: nn.Module) -> dict[str, nn.Linear]:
         # Exactly nn.Linear: a subclass has a forward of its own.
+        is_named = _is_named if self.quantization_config.skips_are_added else _is_named_itself
         return {
             name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and not _is_named(name, self._not_converted)
+            if type(module) is nn.Linear and not is_named(name, self._not_converted)
         }
 
     def new_layer(self, linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
@@ -162,7 +165,8 @@ class NF4Quantizer(HfQuantizer):
             made_float = set(self._convertible(model))
             if made_float:
                 config = self.quantization_config
-                config.modules_to_not_convert = sorted(made_float.union(config.modules_to_not_convert or ()))
+                others = config.modules_to_not_convert if config.skips_are_added else self._not_converted
+                config.modules_to_not_convert = sorted(made_float.union(others or ()))
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -245,11 +249,15 @@ def _refuse_sliced_layers(config: Any) -> None:
         )
 
 
+def _is_named_itself(name: str, patterns: list[str]) -> bool:
+    return not should_convert_module(name, patterns)
+
+
 def _is_named(name: str, patterns: list[str]) -> bool:
     """Whether a module, or one that it is part of, is named.  transformers' own rule alone would let "mlp" match
     "model.layers.0.mlp" and still convert "model.layers.0.mlp.up_proj"."""
     parts = name.split(".")
-    return any(not should_convert_module(".".join(parts[: end + 1]), patterns) for end in range(len(parts)))
+    return any(_is_named_itself(".".join(parts[: end + 1]), patterns) for end in range(len(parts)))
 
 
 def _refuse_unknown_names(model: nn.Module, wanted: list[str]) -> None:
