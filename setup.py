@@ -8,7 +8,7 @@ VERSION = "0.1.0"
 
 DEMO = ["gguf>=0.17"]
 BENCH = ["bitsandbytes==0.50.2; sys_platform == 'linux'", "pytest>=8", "pytest-benchmark>=5"]
-DEV = [*BENCH, "ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML"]
+DEV = [*BENCH, "ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML", "setuptools>=77"]
 
 setup(
     name="qkernels-qlora",
@@ -36,5 +36,9 @@ setup(
         "psutil>=5",
     ],
     extras_require={"demo": DEMO, "bench": BENCH, "dev": DEV, "docs": ["mkdocs>=1.6"]},
-    entry_points={"console_scripts": ["qlora=qlora.cli:main"]},
+    entry_points={
+        "console_scripts": ["qlora=qlora.cli:main"],
+        # An installed bitsandbytes calls it when it is imported; QKERNELS_BITSANDBYTES=0 leaves that library alone.
+        "bitsandbytes.backends": ["qkernels=qkernels.bitsandbytes_backend:register"],
+    },
 )

@@ -2,3 +2,8 @@
 
 python -m benchmarks.bloom7b1 --help
 """
+
+import os
+
+# Before bitsandbytes is imported: the rival runs on its own kernels, not on ours.
+os.environ["QKERNELS_BITSANDBYTES"] = "0"

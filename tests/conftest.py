@@ -11,6 +11,8 @@ from pathlib import Path
 # Before any Hugging Face library is imported: a test that looks for a hub must fail at once, not wait for one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Before bitsandbytes is: it is the yardstick, so it must run on its own kernels and not on ours.
+os.environ["QKERNELS_BITSANDBYTES"] = "0"
 
 import pytest
 import torch

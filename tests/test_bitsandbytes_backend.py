@@ -1,0 +1,182 @@
+"""Our kernels in the place of an installed bitsandbytes' own.
+
+In processes of their own, because here bitsandbytes is the yardstick and keeps its kernels.  There `register` takes its
+CPU operators' place; the entry point itself is tested where the package is installed, in test_wheel.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from models import save_tiny
+
+from qkernels import bitsandbytes_backend, env_report
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
+
+
+def run(script: str, *words: str, switch: str = "1") -> str:
+    environment = os.environ | {bitsandbytes_backend.VARIABLE: switch}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_operator_is_ours_bit_for_bit():
+    """Of a weight whose rows are no whole number of blocks, on which bitsandbytes' own CPU code decodes wrongly."""
+    run("""
+        import bitsandbytes as bnb, bitsandbytes.functional as F, torch
+        import qkernels
+        from qkernels import bitsandbytes_backend as backend
+        backend.register("cpu")
+        backend.register("cpu")
+        assert backend.registered == {(name, "cpu") for name in backend.OPERATORS}
+
+        def same(a, b):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+        weight, x = torch.randn(40, 96), torch.randn(2, 3, 96, requires_grad=True)
+        for quant_type in ("nf4", "fp4"):
+            for nested in (True, False):
+                options = {"quant_type": quant_type, "compress_statistics": nested, "blocksize": 64}
+                theirs, state = F.quantize_4bit(weight, **options)
+                packed, ours = qkernels.quantize_4bit(weight, **options)
+                same(theirs, packed)
+                same(state.absmax, ours.absmax)
+                decoded = qkernels.dequantize_4bit(packed, ours)
+                same(F.dequantize_4bit(theirs, state), decoded)
+                same(F.dequantize_4bit(theirs, state, out=torch.empty(40, 96)), decoded)
+                expected = qkernels.matmul_4bit(x, packed, ours)
+                same(bnb.matmul_4bit(x, theirs.t(), state), expected)
+                same(F.gemv_4bit(x, theirs, state=state), expected)
+                same(F.gemv_4bit(x, theirs, state=state, out=torch.empty(2, 3, 40)), expected)
+                bnb.matmul_4bit(x, theirs, state).sum().backward()
+        index, state = F.quantize_blockwise(weight, blocksize=256)
+        expected, ours = qkernels.quantize_blockwise(weight, blocksize=256)
+        same(index, expected)
+        same(F.dequantize_blockwise(index, state), qkernels.dequantize_blockwise(expected, ours))
+        same(F.dequantize_blockwise(index, state, out=torch.empty(40, 96)), F.dequantize_blockwise(index, state))
+
+        state.code, state.absmax, state.blocksize = torch.ones(16), torch.ones(60), 64  # no table of the format
+        state.shape, state.state2, state.nested = torch.Size((40, 96)), None, False
+        try:
+            F.gemv_4bit(x, theirs, state=state)
+        except qkernels.UserError as error:
+            assert "code: expected the table of nf4 or fp4" in str(error), error
+        else:
+            raise AssertionError
+    """)
+
+
+def test_unchanged_code_computes_what_nf4config_computes(tmp_path):
+    """transformers with BitsAndBytesConfig and peft, in which nothing but the environment says so."""
+    folder = save_tiny("llama", tmp_path / "float")
+    run(
+        """
+        import sys
+        from qkernels import bitsandbytes_backend
+        import bitsandbytes, torch
+        bitsandbytes_backend.register("cpu")
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        import qlora
+
+        def step(config):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.float32)
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).train()
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+            ids = torch.arange(18).view(2, 9)
+            losses = []
+            for _ in range(3):
+                loss = model(ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return losses, type(model.base_model.model.model.layers[0].mlp.up_proj).__module__
+
+        theirs, module = step(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                 bnb_4bit_use_double_quant=True))
+        assert module == "bitsandbytes.nn.modules"
+        ours, module = step(qlora.NF4Config())
+        assert module == "qlora.linear4bit"
+        assert theirs == ours and theirs[2] < theirs[0]
+        """,
+        str(folder),
+    )
+
+
+def test_an_operator_with_other_arguments_is_left_alone():
+    run("""
+        import torch
+        torch.library.define("bitsandbytes::quantize_blockwise", "(Tensor A, Tensor code) -> Tensor")
+        torch.library.define("bitsandbytes::quantize_4bit",
+                             "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)")
+        from qkernels import bitsandbytes_backend
+        bitsandbytes_backend.register("cpu")
+        assert bitsandbytes_backend.registered == {("quantize_4bit", "cpu")}
+    """)
+
+
+def test_one_variable_switches_it_off():
+    run(
+        """
+        import torch
+        torch.library.define("bitsandbytes::quantize_blockwise", "(Tensor A, Tensor code, int blocksize) -> Tensor")
+        from qkernels import bitsandbytes_backend
+        bitsandbytes_backend.register("cpu")
+        assert not bitsandbytes_backend.registered
+        """,
+        switch="0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda patch: patch.setenv("QKERNELS_BITSANDBYTES", "0"), "QKERNELS_BITSANDBYTES=0"),
+        (lambda patch: patch.setattr(torch.version, "hip", "6.4"), "a ROCm build of torch"),
+        (lambda patch: patch.setattr("importlib.util.find_spec", lambda name: None), "Triton is not installed"),
+    ],
+)
+def test_the_report_says_why_bitsandbytes_keeps_its_own(monkeypatch, change, reason):
+    monkeypatch.setenv("QKERNELS_BITSANDBYTES", "1")
+    change(monkeypatch)
+    assert env_report.bitsandbytes().startswith(f"runs on its own kernels: {reason}")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_bits_are_bitsandbytes_own(tmp_path):
+    """The same script with its kernels and with ours; the product may differ by rounding."""
+    script = """
+        import sys
+        from qkernels import bitsandbytes_backend
+        import bitsandbytes as bnb, bitsandbytes.functional as F, torch
+        bitsandbytes_backend.register()
+        torch.manual_seed(0)
+        weight = torch.randn(512, 1024, device="cuda", dtype=torch.float16)
+        packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        x = torch.randn(7, 1024, device="cuda", dtype=torch.float16)
+        index, scales = F.quantize_blockwise(weight.float())
+        torch.save({
+            "packed": packed, "absmax": state.absmax, "decoded": F.dequantize_4bit(packed, state), "index": index,
+            "blockwise": F.dequantize_blockwise(index, scales), "product": bnb.matmul_4bit(x, packed, state),
+            "ours": len(bitsandbytes_backend.registered),
+        }, sys.argv[1])
+    """
+    results = []
+    for switch in "10":
+        run(script, str(tmp_path / switch), switch=switch)
+        results.append(torch.load(tmp_path / switch))
+    ours, theirs = results
+    assert (ours.pop("ours"), theirs.pop("ours")) == (len(bitsandbytes_backend.OPERATORS), 0)
+    torch.testing.assert_close(ours.pop("product"), theirs.pop("product"))
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
