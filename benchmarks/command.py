@@ -16,6 +16,8 @@ from . import data, report
 from .checkpoint import ModelSize
 from .environment import ROOT, environment
 
+PROMPTS = ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv"
+
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
@@ -33,7 +35,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
+        default=PROMPTS,
         help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
     )
     parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")

@@ -1,0 +1,210 @@
+"""The error report: its theory against other ways of integrating, and wrong quantizers that it must not let pass."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
+
+import qkernels
+from benchmarks import quant_error
+from benchmarks.error import check, formats, model, outputs, records, sources, statistics, tables, theory, weights
+from qkernels import format as definition
+from qlora.loading import load_pretrained_4bit
+from tests.models import tiny_model
+
+
+def test_the_derived_tables_are_the_librarys():
+    for name in ("nf4", "fp4"):
+        ours = qkernels.get_4bit_type(name, device="cpu").unique().double().numpy()
+        np.testing.assert_allclose(tables.TABLES[name], ours, atol=2e-7)
+    np.testing.assert_allclose(tables.dynamic_map(), qkernels.create_dynamic_map().double().numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize(("distribution", "of"), [("normal", stats.norm()), ("student-t", stats.t(5))])
+@pytest.mark.parametrize("blocksize", [32, 4096])
+def test_the_expected_error_by_another_integration(distribution, of, blocksize):
+    """By Simpson's rule in x instead of u, over absmax itself instead of its probability."""
+    table = tables.TABLES["nf4"]
+
+    def given(m: float) -> float:
+        x = m * np.linspace(-1, 1, 20001)
+        nearest = m * table[np.abs(table - x[:, None] / m).argmin(axis=1)]
+        inside = integrate.simpson((x - nearest) ** 2 * of.pdf(x), x=x)
+        return inside / (1 - 2 * of.sf(m)) * (blocksize - 1) / blocksize
+
+    def density(m: float) -> float:
+        return blocksize * (1 - 2 * of.sf(m)) ** (blocksize - 1) * 2 * of.pdf(m)
+
+    grid = of.isf(np.geomspace(0.4, 1e-9, 201) / 2)
+    weight = np.array([density(m) for m in grid])
+    error = integrate.simpson(weight * [given(m) for m in grid], x=grid) / integrate.simpson(weight, x=grid)
+    assert theory.expected(distribution, "nf4", blocksize, False).mse == pytest.approx(error, rel=3e-3)
+
+
+def test_published_bounds():
+    # Max, "Quantizing for minimum distortion" (1960), table I: sixteen levels for the normal distribution.
+    assert theory.unblocked_lloyd_max("normal") == pytest.approx(0.009497, rel=1e-3)
+    # Evenly spaced cells are the best for the uniform distribution on [-1, 1]: (2 / 16)^2 / 12.
+    assert theory.unblocked_lloyd_max("uniform") == pytest.approx((2 / 16) ** 2 / 12, rel=1e-3)
+    for blocksize in (32, 64, 4096):
+        best = theory.best_table_mse("normal", blocksize)
+        assert all(best < theory.expected("normal", name, blocksize, False).mse for name in ("nf4", "fp4", "int4"))
+
+
+def test_other_weights_agree_with_the_theory_too():
+    cases = weights.Cases(tuple(formats.FORMATS), (64, 256))
+    for distribution, seed in (("normal", 7), ("student-t", 8), ("outliers", 9), ("uniform", 10)):
+        rows = list(weights.synthetic_rows(distribution, 1 << 19, cases, "cpu", total=4 * 24, seed=seed))
+        assert not list(weights.problems(rows))
+        assert {row["provider"] for row in rows} == {"qkernels", "bitsandbytes", "torch"}
+        # Without double quantization bitsandbytes decodes to the same bits.
+        assert {row["values_differ"] for row in rows if row["provider"] == "bitsandbytes" and not row["nested"]} == {0}
+
+
+@pytest.fixture
+def wrong_code(monkeypatch):
+    """Change entries of the NF4 code that is decoded with; the thresholds stay."""
+
+    def change(index: int, by: float) -> None:
+        code = definition._TABLES["nf4", torch.device("cpu")].clone()
+        code[index] += by
+        pairs = torch.cartesian_prod(code, code)
+        monkeypatch.setitem(definition._TABLES, ("nf4", torch.device("cpu")), code)
+        monkeypatch.setitem(definition._TABLES, ("nf4 bytes", torch.device("cpu")), pairs)
+
+    return change
+
+
+def test_a_wrong_code_is_refused(wrong_code):
+    weights.calibrate(["nf4"], "cpu")
+    wrong_code(11, 0.02)
+    with pytest.raises(check.DisagreementError) as refusal:
+        weights.calibrate(["nf4"], "cpu")
+    for problem in (
+        "nf4 64 nested=False by qkernels: mse 0.00",
+        "nf4 64 nested=True by qkernels: mse 0.00",
+        "nf4 64 nested=False by qkernels: a weight is 0.02 further off than by the nearest code",
+    ):
+        assert problem in str(refusal.value)
+    assert "bitsandbytes" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("index", range(16))
+def test_every_slightly_wrong_code_is_refused(index, wrong_code):
+    wrong_code(index, 1e-4)
+    row = next(iter(weights.synthetic_rows("normal", 1 << 18, weights.Cases(("nf4",), (64,)), "cpu", total=1)))
+    assert "further off than by the nearest code" in " ".join(weights.problems([row]))
+
+
+def test_a_wrong_threshold_is_refused(monkeypatch):
+    from qkernels import reference
+
+    moved = list(definition.NF4_THRESHOLDS)
+    moved[7] += 0.03
+    monkeypatch.setattr(reference, "NF4_THRESHOLDS", tuple(moved))
+    with pytest.raises(check.DisagreementError, match="standard errors"):
+        weights.calibrate(["nf4"], "cpu")
+
+
+def test_a_wrong_code_leaves_no_record(wrong_code, tmp_path, capsys):
+    wrong_code(3, 0.02)
+    assert quant_error.main(["--smoke", "--level", "weights", "--model", "--out", str(tmp_path)]) == 1
+    assert "nothing is published" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_was_edited_is_not_read(tmp_path):
+    flags = ["--smoke", "--level", "weights", "--model", "--weights", "normal", "--out", str(tmp_path)]
+    assert quant_error.main(flags) == 0
+    (path,) = tmp_path.glob("error-weights-*.csv")
+    rows = records.read(path)
+    assert all(row["commit"] and row["torch"] == torch.__version__ and row["dirty"] in (True, False) for row in rows)
+    first = rows[0]
+    assert first["rounding_excess"] < 1e-6
+    assert first["mse_low"] < first["mse"] < first["mse_high"]
+    text = path.read_text(encoding="utf-8")
+    assert str(first["mse"]) in text
+    path.write_text(text.replace(str(first["mse"]), str(round(first["mse"] * 0.97, 9))), encoding="utf-8")
+    with pytest.raises(check.DisagreementError, match=r"mse 0\.00"):
+        records.read(path)
+
+
+def test_an_error_larger_than_rounding_allows_is_refused():
+    row = next(iter(weights.synthetic_rows("normal", 1 << 18, weights.Cases(("nf4",), (64,)), "cpu", total=1)))
+    assert not list(weights.problems([row]))
+    assert "rounding allows" in next(weights.problems([row | {"max_error": 1.01 * row["max_error_allowed"]}]))
+
+
+def test_the_interval_covers_the_truth():
+    """Of 200 samples about 95 in 100 have the expected error within their interval."""
+    expected, hits = theory.expected("normal", "int4", 64, False).mse, 0
+    for seed in range(200):
+        weight = check.draw("normal", 1 << 14, seed)
+        decoded = formats.FORMATS["int4"].round_trip(weight, 64, False)
+        found = statistics.estimates(statistics.Sums.of(weight, decoded, 64))["mse"]
+        hits += found.low <= expected <= found.high
+    assert 180 <= hits <= 199
+
+
+def test_integers_with_a_short_last_block_and_zeros():
+    weight = torch.randn(100)
+    weight[:32] = 0
+    for nested in (False, True):
+        decoded = formats.FORMATS["int8"].round_trip(weight, 32, nested)
+        assert decoded.shape == weight.shape
+        assert torch.equal(decoded[:32], weight[:32])
+        assert (decoded - weight).abs().max() < 0.05
+
+
+def test_outputs_split_into_quantization_and_arithmetic():
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    rows = list(outputs.output_rows("normal", weight, torch.bfloat16, (1, 8), "cpu", total=4))
+    assert not list(outputs.problems(rows))
+    for row in rows:
+        assert row["arithmetic"] == pytest.approx(row["arithmetic_expected"], rel=0.1)
+    assert {row["quantization"] for row in rows if row["provider"] == "torch"} == {0}
+    wrong = rows[0] | {"quantization": 1.3 * rows[0]["quantization"]}
+    assert len(list(outputs.problems([wrong]))) == 2
+
+
+def test_a_model_with_replaced_weights_is_the_loaded_4bit_model(tmp_path):
+    float_model = tiny_model("llama").float()
+    float_model.save_pretrained(tmp_path)
+    texts = [torch.randint(0, 50, (1, length)) for length in (9, 17, 30)]
+    case = model.Replacement("nf4", formats.FORMATS["nf4"], 64, True)
+    rows = list(model.model_error_rows("tiny", float_model, texts, [case]))
+    assert not list(model.problems(rows))
+    assert [row["format"] for row in rows] == ["float32", "bfloat16", "nf4"]
+    loaded = load_pretrained_4bit(str(tmp_path), dtype=torch.float32, device="cpu")
+    divergence, count = 0.0, 0
+    for ids in texts:
+        truth, found = model._log_probabilities(float_model, ids), model._log_probabilities(loaded, ids)
+        divergence += (truth.double().exp() * (truth.double() - found.double())).sum().item()
+        count += len(truth)
+    assert rows[-1]["kl"] == pytest.approx(divergence / count, rel=1e-3)
+    assert "differs from itself" in next(model.problems([rows[-1] | {"format": "float32"}]))
+
+
+def test_only_matrices_that_would_be_quantized():
+    assert sources.is_quantized("model.layers.0.mlp.up_proj.weight", (8, 8))
+    for name, shape in (("model.embed_tokens.weight", (8, 8)), ("lm_head.weight", (8, 8)), ("norm.weight", (8,))):
+        assert not sources.is_quantized(name, shape)
+
+
+def test_too_few_weights_for_an_interval(tmp_path, capsys):
+    assert quant_error.main(["--count", "4096", "--out", str(tmp_path)]) == 2
+    assert "--count" in capsys.readouterr().err
+
+
+def test_a_row_has_the_columns_of_every_other(tmp_path):
+    flags = ["--smoke", "--level", "weights", "outputs", "--model", "--weights", "normal", "--out", str(tmp_path)]
+    assert quant_error.main(flags) == 0
+    for path in tmp_path.glob("error-*.csv"):
+        with path.open(encoding="utf-8") as file:
+            assert all(None not in row and None not in row.values() for row in csv.DictReader(file))
