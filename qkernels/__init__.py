@@ -5,6 +5,7 @@ packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=Tr
 y = F.matmul_4bit(x, packed, state)
 """
 
+from .dispatch import explain
 from .errors import UserError
 from .format import (
     BLOCKSIZES,
@@ -46,6 +47,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "explain",
     "gemv_4bit",
     "get_4bit_type",
     "matmul_4bit",

@@ -17,6 +17,7 @@ FORBIDDEN = {
     "qkernels/quant_state.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/reference.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.checks"),
     "qkernels/checks.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
+    "qkernels/dispatch.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/kernels": ("os", "qkernels.checks", "qkernels.ops", "qkernels.autograd", "qkernels.reference"),
     "qkernels/tuning": ("torch", "triton", "qkernels.kernels", "qkernels.ops"),
     "qlora": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference", "benchmarks", "tests"),

@@ -1,0 +1,124 @@
+"""Which implementation computes a 4-bit product, and why: the rules that the operators follow and `explain` tells.
+
+Room: decisions, as pure functions of shape, dtype and compute capability; nothing is measured, tried or launched here.
+A new implementation is one rule: a name, and a function that says why it is not for a product, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .errors import UserError
+from .format import FLOAT_DTYPES
+
+DEQUANTIZE = "dequantize + cuBLAS"
+REFERENCE = "dequantize + torch's CPU product"
+
+Capability = tuple[int, int]
+
+
+class Product(NamedTuple):
+    """A product with a 4-bit weight [N, K]: y[M, N] = x[M, K] W^T, or backward dx[M, K] = dy[M, N] W.
+
+    Attributes:
+        dtype: of x (dy) and of the result.
+        capability: of the GPU, (7, 5) for a T4.
+        blocksize: weights that share a scale.
+        backward: whether it is dx.
+    """
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    capability: Capability
+    blocksize: int = 64
+    backward: bool = False
+
+
+class Choice(NamedTuple):
+    """Attributes:
+    implementation: its name, one of this module's constants.
+    reason: why this one, and why not those before it.
+    """
+
+    implementation: str
+    reason: str
+
+
+class Rule(NamedTuple):
+    """Attributes:
+    implementation: its name.
+    refuse: why the implementation is not for this product; None when it is.
+    """
+
+    implementation: str
+    refuse: Callable[[Product], str | None]
+
+
+# In this order; the first that does not refuse is chosen, and dequantize + cuBLAS computes everything.
+RULES: tuple[Rule, ...] = ()
+
+
+@lru_cache(maxsize=4096)
+def choose(product: Product) -> Choice:
+    """What computes this product on a GPU."""
+    refusals: list[str] = []
+    for implementation, refuse in RULES:
+        reason = refuse(product)
+        if reason is None:
+            why = f"M={product.M} on sm_{product.capability[0]}{product.capability[1]} is within its range"
+            return Choice(implementation, "; ".join([*refusals, why]))
+        refusals.append(f"not {implementation}: {reason}")
+    return Choice(DEQUANTIZE, "; ".join(refusals) or "nothing else is there")
+
+
+@lru_cache
+def capability_of(index: int) -> Capability:
+    """Of the CUDA device with this index; asking the driver each time takes longer than a launch."""
+    return torch.cuda.get_device_capability(index)
+
+
+def explain(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str | Capability = "cuda",
+    *,
+    blocksize: int = 64,
+    backward: bool = False,
+) -> Choice:
+    """Which implementation `matmul_4bit` (backward: `matmul_4bit_dx`) takes for a product, and why.
+
+    Args:
+        M: rows of x, its leading dimensions multiplied.
+        N, K: the weight's shape.
+        dtype: of x: float32, float16 or bfloat16.
+        device: where x is, or a compute capability: (7, 5) is a T4, (9, 0) an H100.  A capability needs no GPU.
+        blocksize: quantization block.
+        backward: the product of the backward pass.
+
+    Returns:
+        Choice(implementation, reason); the operators choose by the same function.
+
+    Raises:
+        UserError: a dtype that no product has, or a CUDA device that is not there.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise UserError("dtype", expected="float32, float16 or bfloat16", got=dtype, remedy="Pass the dtype of x.")
+    if isinstance(device, tuple):
+        return choose(Product(M, N, K, dtype, device, blocksize, backward))
+    device = torch.device(device)
+    if device.type != "cuda":
+        return Choice(REFERENCE, f"x is on {device.type}")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "device", expected="a GPU", got=f"{device}, and no GPU is here", remedy="Pass a capability, as (9, 0)."
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return choose(Product(M, N, K, dtype, capability_of(index), blocksize, backward))
