@@ -15,6 +15,7 @@ from .integrations.transformers import NF4Config, dequantize_model, quantize_mod
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .loading import load_pretrained_4bit, prepare_model_for_training
 from .lora import LoRALinear, apply_lora
+from .merging import MergeReport, merge_adapter
 from .optimize import optimize_model
 from .params4bit import Params4bit
 from .precision import PrecisionPolicy, choose_precision
@@ -29,6 +30,7 @@ __all__ = [
     "LinearFP4",
     "LinearNF4",
     "LoRALinear",
+    "MergeReport",
     "NF4Config",
     "Params4bit",
     "PrecisionPolicy",
@@ -37,6 +39,7 @@ __all__ = [
     "choose_precision",
     "dequantize_model",
     "load_pretrained_4bit",
+    "merge_adapter",
     "optimize_model",
     "prepare_model_for_training",
     "quantize_model",

@@ -141,11 +141,16 @@ class AdapterArguments(ModelArguments):
 
 @dataclass
 class MergeArguments:
-    """Where `qlora merge` writes, and in what precision."""
+    """Where `qlora merge` writes, onto what base, and in what precision."""
 
     _argument_group_name: ClassVar[str] = "output"
 
     output_dir: str | None = option(None, "New folder for the merged model.")
+    onto: str = option(
+        "dequantized",
+        "Base to add the adapter to: the 4-bit one decoded, as in training; the float one; the first, and 4 bits again.",
+        choices=["dequantized", "16bit", "4bit"],
+    )
     dtype: str = option("float16", "Precision of the merged weights.", choices=["float16", "bfloat16", "float32"])
 
 
