@@ -11,6 +11,7 @@ from qkernels.errors import UserError
 
 from .embedding4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from .integrations import peft as _peft  # noqa: F401  (registers)
+from .integrations.peft_init import InitReport, initialize_from_float
 from .integrations.transformers import NF4Config, dequantize_model, quantize_model
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .loading import load_pretrained_4bit, prepare_model_for_training
@@ -26,6 +27,7 @@ __all__ = [
     "Embedding4bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "InitReport",
     "Linear4bit",
     "LinearFP4",
     "LinearNF4",
@@ -38,6 +40,7 @@ __all__ = [
     "apply_lora",
     "choose_precision",
     "dequantize_model",
+    "initialize_from_float",
     "load_pretrained_4bit",
     "merge_adapter",
     "optimize_model",

@@ -148,7 +148,7 @@ class MergeArguments:
     output_dir: str | None = option(None, "New folder for the merged model.")
     onto: str = option(
         "dequantized",
-        "Base to add the adapter to: the 4-bit one decoded, as in training; the float one; the first, and 4 bits again.",
+        "Base to add the adapter to: the 4-bit one decoded, as in training; the float one; the first, 4-bit again.",
         choices=["dequantized", "16bit", "4bit"],
     )
     dtype: str = option("float16", "Precision of the merged weights.", choices=["float16", "bfloat16", "float32"])

@@ -33,7 +33,7 @@ KINDS = {
 
 
 def load(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **kwargs})
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -167,3 +167,46 @@ def test_bitsandbytesconfig_quantizes_without_bitsandbytes(tmp_path):
     skipped = config_of(merged)["quantization_config"]["llm_int8_skip_modules"]
     assert skipped == ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in load(merged).modules()) == 12
+
+
+# --- adapters
+
+
+def adapter_on(model, **settings):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **settings)
+    return get_peft_model(model, config).train()
+
+
+def steps(model, count=3):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("trained_by", ["us", "bitsandbytes"])
+def test_an_adapter_goes_from_one_to_the_other(tmp_path, trained_by, settings):
+    from peft import PeftModel
+
+    # float32 throughout, so that only the adapter could make a difference.
+    floats = save_tiny("llama", tmp_path / "float", hidden_size=64, intermediate_size=128)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    folder = tmp_path / "base"
+    load(floats, quantization_config=config).save_pretrained(folder)
+    plain = {"dtype": torch.float32}
+    configs = {"us": plain | {"quantization_config": NF4Config()}, "bitsandbytes": plain}
+    trained = steps(adapter_on(load(folder, **configs.pop(trained_by)), **settings))
+    trained.save_pretrained(tmp_path / "adapter")
+    (other,) = configs.values()
+    loaded = PeftModel.from_pretrained(load(folder, **other), tmp_path / "adapter").train()  # their eval() repacks
+    with torch.no_grad():
+        expected, found = trained(tokens()).logits, loaded(tokens()).logits
+        untrained = load(folder, **other).train()(tokens()).logits
+    torch.testing.assert_close(found, expected)
+    assert (expected - untrained).abs().max() > 0.01

@@ -484,3 +484,43 @@ class Trap:
 
     def __reduce__(self):
         return (open, (str(self.path), "w"))
+
+
+# --- several adapters, and modules trained whole
+
+
+def test_several_adapters_are_switched_weighted_and_saved_apart(llama, tmp_path):
+    model = get_peft_model(load(llama), lora_config())
+    plain = logits(model)
+    model.add_adapter("other", lora_config(r=2))
+    stir(model)
+    found = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        found[name] = logits(model)
+        trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable
+        assert all(f".{name}." in key for key in trainable)
+    assert not torch.equal(found["default"], found["other"])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "both", combination_type="cat")
+    model.set_adapter("both")
+    assert not torch.equal(logits(model), found["other"])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(llama), tmp_path)  # "default" lies in the folder itself
+    again.load_adapter(tmp_path / "other", "other")
+    assert torch.equal(logits(again), found["default"])
+    again.set_adapter("other")
+    assert torch.equal(logits(again), found["other"])
+
+
+def test_modules_to_save_are_trained_saved_and_merged(checkpoint, name, tmp_path):
+    head = {"llama": "lm_head", "bloom": "ln_f"}[name]
+    model = stir(get_peft_model(load(checkpoint), lora_config(name, modules_to_save=[head])))
+    train_one_step(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    torch.testing.assert_close(logits(dequantize_model(again.merge_and_unload())), expected, rtol=1e-4, atol=1e-5)

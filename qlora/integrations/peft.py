@@ -165,7 +165,8 @@ def _refuse_float_only(config: LoraConfig) -> None:
             "init_lora_weights",
             expected=f"one of {', '.join(map(repr, _INITIALIZATIONS))} on a 4-bit base",
             got=repr(config.init_lora_weights),
-            remedy="The others decompose or change the float base weight, which is no longer there.",
+            remedy="The others need the float weight. For LoftQ and PiSSA take True here and call "
+            "qlora.initialize_from_float; an adapter that is trained already needs true in its adapter_config.json.",
         )
     for variant in _FLOAT_ONLY_VARIANTS:
         if getattr(config, variant, None):

@@ -1,0 +1,105 @@
+"""LoftQ and PiSSA on a 4-bit base: closer to the float weights, and the adapter trains, saves and loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import save_tiny, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import qlora
+from qkernels.errors import UserError
+
+FLOAT = {"dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture
+def folder(name, tmp_path):
+    return save_tiny(name, tmp_path / "float")
+
+
+def adapted(folder, **settings):
+    targets = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
+    return get_peft_model(qlora.load_pretrained_4bit(folder, **FLOAT), LoraConfig(**{**targets, **settings}))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+@pytest.mark.parametrize("method", ["loftq", "loftq_niter_8", "pissa", "pissa_niter_8"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_it_starts_closer_to_the_float_model(folder, method, settings):
+    from transformers import AutoModelForCausalLM
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    model = adapted(folder, **settings)
+    before = (logits(model) - expected).norm()
+    report = qlora.initialize_from_float(model, folder, method)
+    assert (logits(model) - expected).norm() < before
+    assert report.layers == len([m for m in model.modules() if hasattr(m, "lora_dropout")])
+    assert 0.05 < report.before < 0.12
+    # Rank 8 of a 48-row matrix takes up a third of its error or more.
+    assert report.after < 0.85 * report.before
+
+
+def test_loftq_is_the_best_of_its_rank_and_leaves_the_base_alone(folder):
+    model = adapted(folder)
+    before = {key: value.clone() for key, value in model.state_dict().items() if "lora_" not in key}
+    qlora.initialize_from_float(model, folder, "loftq")
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    weights = load_file(folder / "model.safetensors")
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            error = weights[f"{name}.weight"] - layer.base_layer.dequantize(torch.float32)
+            left = (error - layer.get_delta_weight("default")).norm()
+            torch.testing.assert_close(left, torch.linalg.svdvals(error)[8:].norm(), rtol=1e-4, atol=0)
+
+
+def test_pissa_is_peft_on_the_float_model_with_its_rest_quantized(folder):
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(target_modules="all-linear", r=8, lora_alpha=16, init_lora_weights="pissa")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    ours = adapted(folder)
+    qlora.initialize_from_float(ours, folder, "pissa")
+    expected = dict(theirs.named_modules())
+    for name, layer in ours.named_modules():
+        if hasattr(layer, "lora_A"):
+            rest = expected[name].base_layer.weight
+            torch.testing.assert_close(layer.get_delta_weight("default"), expected[name].get_delta_weight("default"))
+            ideal = qlora.Linear4bit.from_linear(expected[name].base_layer).dequantize(torch.float32)
+            error, least = (layer.base_layer.dequantize(torch.float32) - rest).norm(), (ideal - rest).norm()
+            torch.testing.assert_close(error, least, rtol=1e-3, atol=0)
+
+
+def test_base_and_adapter_of_pissa_come_back(folder, tmp_path):
+    model = adapted(folder)
+    qlora.initialize_from_float(model, folder, "pissa")
+    model.train()(tokens(), labels=tokens()).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(qlora.load_pretrained_4bit(tmp_path / "base", **FLOAT), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+
+
+def test_what_is_refused(llama, tmp_path):
+    model = adapted(llama)
+    with pytest.raises(UserError, match="method: expected 'loftq' or 'pissa'"):
+        qlora.initialize_from_float(model, llama, "olora")
+    with pytest.raises(UserError, match="model: expected 4-bit layers with the adapter 'other', got none"):
+        qlora.initialize_from_float(model, llama, adapter_name="other")
+    packed = qlora.load_pretrained_4bit(llama, **FLOAT)
+    packed.save_pretrained(tmp_path / "packed")
+    with pytest.raises(UserError, match=r"checkpoint: expected the float weight .*q_proj.weight.*, got torch.uint8"):
+        qlora.initialize_from_float(model, tmp_path / "packed")
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expected the float weight model.layers.0.mlp.up_proj.weight.*, got none"):
+        qlora.initialize_from_float(model, llama)
