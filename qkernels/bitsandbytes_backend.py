@@ -29,6 +29,7 @@ VARIABLE = "QKERNELS_BITSANDBYTES"
 # What has been put in place in this process: (operator, device type).
 registered: set[tuple[str, str]] = set()
 _quant_types = WeakTensorKeyDictionary()
+_library = torch.library.Library("bitsandbytes", "IMPL")
 
 
 def reason_not_to() -> str | None:
@@ -57,7 +58,8 @@ def register(device: str = "cuda") -> None:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
         for name, implementation in OPERATORS.items():
             if (name, device) not in registered and _arguments_of(name) == list(signature(implementation).parameters):
-                torch.library.register_kernel(f"bitsandbytes::{name}", device, implementation)
+                # torch.library.register_kernel refuses an operator that has a kernel from Python: bitsandbytes' have.
+                _library.impl(name, implementation, device.upper(), allow_override=True)
                 registered.add((name, device))
 
 

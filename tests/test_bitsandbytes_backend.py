@@ -36,7 +36,7 @@ def test_every_operator_is_ours_bit_for_bit():
         from qkernels import bitsandbytes_backend as backend
         backend.register("cpu")
         backend.register("cpu")
-        assert backend.registered == {(name, "cpu") for name in backend.OPERATORS}
+        assert {(name, "cpu") for name in backend.OPERATORS} <= backend.registered  # and "cuda" where this is installed
 
         def same(a, b):
             assert a.dtype == b.dtype and torch.equal(a, b)
