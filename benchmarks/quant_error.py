@@ -4,8 +4,8 @@
     python -m benchmarks.quant_error --level weights --model FOLDER --format nf4 int4 --out /tmp/errors
     python -m benchmarks.quant_error --smoke --out /tmp/trial
 
-Each level leaves a CSV.  Where a measurement differs from the theory by more than chance allows, it says so, writes
-nothing, and ends with 1.  `docs/error.md` says what is measured and how.
+Each level leaves a CSV, and together they make a page, `error.html` and `error.md`.  Where a measurement differs from
+the theory by more than chance allows, it says so, writes nothing, and ends with 1.  `docs/error.md` says what and how.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qkernels.errors import UserError
 from qlora.checkpoint import check_writable
 from qlora.demo import MODEL
 
-from . import data
+from . import data, error_page
 from .command import PROMPTS, parser_of
 from .environment import environment
 from .error import check, model, outputs, records, weights
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 print(line(row), flush=True)
             print(f"written: {records.write(options.out, level, rows, common)}")
+        for path in error_page.make(options.out, options.out):
+            print(f"written: {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -113,12 +115,12 @@ def _model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
 
 
 def _replacements(options: argparse.Namespace) -> Iterator[model.Replacement]:
-    """Every format at the usual blocksize, the rivals there, and the first format at the others."""
+    """Every format at the usual blocksize; the first one also as the rival has it, with exact scales, at others."""
     for name in options.format:
         yield model.Replacement(name, FORMATS[name], SHOWN_BLOCKSIZE, True)
-        if name in RIVALS:
-            yield model.Replacement(name, RIVALS[name], SHOWN_BLOCKSIZE, True)
     first = options.format[0]
+    if first in RIVALS:
+        yield model.Replacement(first, RIVALS[first], SHOWN_BLOCKSIZE, True)
     yield model.Replacement(first, FORMATS[first], SHOWN_BLOCKSIZE, False)
     for blocksize in options.blocksize[::2]:
         if blocksize != SHOWN_BLOCKSIZE:
@@ -160,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="rows of x")
     parser.add_argument("--data", type=Path, default=PROMPTS, help="CSV of the prompts (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=32, help="held-out prompts for --level model")
+    parser.add_argument("--texts", type=int, default=24, help="held-out prompts for --level model")
     return parser
 
 

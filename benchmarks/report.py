@@ -65,6 +65,23 @@ def write_csv(stem: Path, rows: list[Row]) -> Path:
     return path
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a CSV: numbers and truth values as such, an empty cell as None."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
+
+
 def write(stem: Path, rows: list[Row]) -> None:
     """Write `STEM.jsonl` and `STEM.md` whole, replacing what this run wrote before."""
     with atomic_file(stem.with_suffix(".jsonl")) as file:

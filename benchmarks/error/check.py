@@ -25,6 +25,8 @@ from .tables import TABLES
 FALSE_ALARMS = 1e-3
 # The theory integrates numerically and knows nothing of float32: its own error, relative.
 THEORY_ERROR = 1e-5
+# Of scaling, multiplying by the scale and taking the difference, over absmax.
+FLOAT32_ERROR = 4 * 2.0**-24
 # Of float32, and of thresholds that are written as decimals of six digits.
 ROUNDING_EXCESS = 2e-6
 
@@ -91,7 +93,7 @@ def distance(value: float, standard_error: float, expected: float) -> float:
 def largest_error_allowed(weight: Tensor, format_name: str, blocksize: int) -> float:
     """Half the widest gap of the code times the largest absmax: no rounding to the nearest code is further off."""
     table: Array = TABLES[format_name]
-    return float(np.diff(table).max() / 2 * weight.abs().max().item()) * (1 + 1e-6)
+    return float((np.diff(table).max() / 2 + FLOAT32_ERROR) * weight.abs().max().item())
 
 
 def rounding_excess(weight: Tensor, decoded: Tensor, format_name: str, blocksize: int) -> float:

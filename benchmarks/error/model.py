@@ -80,7 +80,7 @@ def _sums(model: PreTrainedModel, ids: Tensor, truth: Tensor) -> Array:
     """Over a text's tokens: how many, KL(truth | model), top-1 agreements, -log p of both models."""
     found = _log_probabilities(model, ids)
     following = ids[0, 1:, None]
-    divergence = (truth.double().exp() * (truth.double() - found.double())).sum()
+    divergence = (truth.exp() * (truth - found)).sum(dim=-1).double().sum()
     agreements = (truth.argmax(dim=-1) == found.argmax(dim=-1)).sum()
     losses = [-one.gather(1, following).double().sum() for one in (found, truth)]
     return np.array([len(following), *(float(value) for value in (divergence, agreements, *losses))])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..report import Row, file_stem, write_csv
+from ..report import Row, file_stem, read_csv, write_csv
 from . import check, model, outputs, weights
 
 # What is wrong with a level's rows, from the numbers alone: the same question before writing and after reading.
@@ -41,25 +40,18 @@ def read(path: Path) -> list[Row]:
     Raises:
         DisagreementError: they contradict the theory, so that nothing may be made from them.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    rows = read_csv(path)
     level = path.stem.removeprefix(f"{PREFIX}-").split("-")[0]
     check.refuse(f"{path.name}: {problem}" for problem in PROBLEMS[level](rows))
     return rows
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file's name is that of a record of errors."""
+    return path.name.startswith(f"{PREFIX}-")
 
 
 def _short(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return f"{value:.{DIGITS}g}" if np.isfinite(value) else None
-
-
-def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text or None

@@ -84,11 +84,18 @@ def best_table_mse(distribution: str, blocksize: int, codes: int = 16) -> float:
     edges = np.linspace(-1, 1, 1 << 15)
     u = (edges[:-1] + edges[1:]) / 2
     density = _density_of_u(of, absmax[:, None], u[None, :])
-    mass = (weight[:, None] * absmax[:, None] ** 2 * density).sum(axis=0) * (blocksize - 1) / blocksize
+    mass = (weight * absmax**2) @ density * (blocksize - 1) / blocksize
     mass *= edges[1] - edges[0]
     atom = (weight * absmax**2).sum() / (2 * blocksize)
     u, mass = np.concatenate([[-1.0], u, [1.0]]), np.concatenate([[atom], mass, [atom]])
     return _lloyd(u, mass, codes)
+
+
+def scaled_density(distribution: str, blocksize: int, u: Array) -> Array:
+    """Density at `u` of weights over their block's absmax, without the largest of each block, which are at +-1."""
+    of = DISTRIBUTIONS[distribution]
+    absmax, weight = _absmax_nodes(of, blocksize)
+    return weight @ _density_of_u(of, absmax[:, None], u[None, :])
 
 
 @cache

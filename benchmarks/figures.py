@@ -1,0 +1,96 @@
+"""Draw every figure of `docs/figures/` from the newest record of its kind.
+
+    python -m benchmarks.figures                      # or: make figures
+    python -m benchmarks.figures --results /tmp/errors --out /tmp/figures
+
+A figure whose record is not there is not drawn, and said so.  A record of errors that contradicts the theory stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from qlora.checkpoint import atomic_file
+
+from . import plotting, throughput_figures
+from .environment import ROOT
+from .error import check, figures, records
+from .report import Row, read_csv
+
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+
+# File name -> which records it is drawn from, and the function that draws it.
+DRAWN: dict[str, tuple[str, Callable[[list[Row]], Figure]]] = {
+    "error-blocksize.png": ("error-weights-*.csv", figures.error_by_blocksize),
+    "error-layers.png": ("error-weights-*.csv", figures.layers),
+    "error-outputs.png": ("error-outputs-*.csv", figures.outputs),
+    "error-model.png": ("error-model-*.csv", figures.model),
+    "throughput-matmul.png": ("matmul*.csv", throughput_figures.matmul),
+}
+DEFINED: dict[str, Callable[[], Figure]] = {"code-tables.png": figures.code_tables, "cosine.png": figures.cosine}
+
+
+def newest(results: Path, pattern: str) -> tuple[Path, list[Row]] | None:
+    """The record of that name measured last, and its rows; None where there is none.
+
+    Raises:
+        DisagreementError: it holds errors that contradict the theory.
+    """
+    found = {path: _date(path) for path in results.glob(pattern)}
+    if not found:
+        return None
+    path = max(found, key=lambda one: (found[one], one.name))
+    return path, records.read(path) if records.is_record(path) else read_csv(path)
+
+
+def draw(results: Path) -> Iterator[tuple[str, bytes]]:
+    """File name and PNG of every figure that can be drawn.
+
+    Raises:
+        DisagreementError: a record of errors contradicts the theory.
+    """
+    for name, make in DEFINED.items():
+        yield name, plotting.picture(make, "from the definitions")
+    for name, (pattern, make_from) in DRAWN.items():
+        record = newest(results, pattern)
+        if record is None:
+            print(f"not drawn: {name}, for there is no {pattern} in {results}")
+            continue
+        path, rows = record
+        yield name, plotting.picture(partial(make_from, rows), plotting.source_of(path, rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw; 0, or 1 where a record contradicts the theory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the figures (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name, picture in draw(options.results):
+            with atomic_file(options.out / name) as file:
+                file.write_bytes(picture)
+            print(f"written: {options.out / name}")
+    except check.DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _date(path: Path) -> str:
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.DictReader(file))["date"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
