@@ -12,6 +12,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +23,33 @@ from qlora.checkpoint import atomic_file
 from . import plotting, throughput_figures
 from .environment import ROOT
 from .error import check, figures, records
+from .error.distributions import DISTRIBUTIONS
 from .report import Row, read_csv
 
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 
-# File name -> which records it is drawn from, and the function that draws it.
-DRAWN: dict[str, tuple[str, Callable[[list[Row]], Figure]]] = {
-    "error-blocksize.png": ("error-weights-*.csv", figures.error_by_blocksize),
-    "error-layers.png": ("error-weights-*.csv", figures.layers),
-    "error-outputs.png": ("error-outputs-*.csv", figures.outputs),
-    "error-model.png": ("error-model-*.csv", figures.model),
-    "throughput-matmul.png": ("matmul*.csv", throughput_figures.matmul),
+
+@dataclass(frozen=True)
+class Drawn:
+    """Attributes:
+    pattern: of the records that it is drawn from.
+    make: draws it from a record's rows.
+    needs: whether a row is of those that it shows; without any it is not drawn.
+    """
+
+    pattern: str
+    make: Callable[[list[Row]], Figure]
+    needs: Callable[[Row], bool]
+
+
+DRAWN = {
+    "error-blocksize.png": Drawn(
+        "error-weights-*.csv", figures.error_by_blocksize, lambda row: row["weights"] in DISTRIBUTIONS
+    ),
+    "error-layers.png": Drawn("error-weights-*.csv", figures.layers, figures.is_of_layer),
+    "error-outputs.png": Drawn("error-outputs-*.csv", figures.outputs, lambda row: True),
+    "error-model.png": Drawn("error-model-*.csv", figures.model, lambda row: True),
+    "throughput-matmul.png": Drawn("*matmul*.csv", throughput_figures.matmul, throughput_figures.is_product),
 }
 DEFINED: dict[str, Callable[[], Figure]] = {"code-tables.png": figures.code_tables, "cosine.png": figures.cosine}
 
@@ -58,13 +75,13 @@ def draw(results: Path) -> Iterator[tuple[str, bytes]]:
     """
     for name, make in DEFINED.items():
         yield name, plotting.picture(make, "from the definitions")
-    for name, (pattern, make_from) in DRAWN.items():
-        record = newest(results, pattern)
-        if record is None:
-            print(f"not drawn: {name}, for there is no {pattern} in {results}")
+    for name, drawn in DRAWN.items():
+        record = newest(results, drawn.pattern)
+        if record is None or not any(drawn.needs(row) for row in record[1]):
+            print(f"not drawn: {name}, for no {drawn.pattern} in {results} has what it shows")
             continue
         path, rows = record
-        yield name, plotting.picture(partial(make_from, rows), plotting.source_of(path, rows))
+        yield name, plotting.picture(partial(drawn.make, rows), plotting.source_of(path, rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,12 +21,16 @@ OTHERS = (RED, PURPLE)
 METHODS = ("graph", "flushed", "wall")
 
 
+def is_product(row: Row) -> bool:
+    return row["op"] == "matmul" and row["status"] == "ok"
+
+
 def matmul(rows: list[Row]) -> Figure:
     """For each shape the time and, below, the share of the roofline, one line a provider."""
     method = next(one for one in METHODS if any(row["method"] == one for row in rows))
     dtype = rows[0]["dtype"]
     found = [row for row in rows if row["method"] == method and row["dtype"] == dtype]
-    products = [row for row in found if row["op"] == "matmul" and row["status"] == "ok"]
+    products = [row for row in found if is_product(row)]
     shapes = sorted({(row["rows"], row["columns"]) for row in products})
     figure, axes = panels(2, len(shapes), max(4, 2.6 * len(shapes)), 5.6, sharex=True, sharey="row")
     for column, shape in enumerate(shapes):

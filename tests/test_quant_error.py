@@ -12,7 +12,7 @@ from scipy import integrate, stats
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
 
 import qkernels
-from benchmarks import quant_error
+from benchmarks import error_page, figures, quant_error
 from benchmarks.error import check, formats, model, outputs, records, sources, statistics, tables, theory, weights
 from qkernels import format as definition
 from qlora.loading import load_pretrained_4bit
@@ -119,20 +119,45 @@ def test_a_wrong_code_leaves_no_record(wrong_code, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_record_that_was_edited_is_not_read(tmp_path):
-    flags = ["--smoke", "--level", "weights", "--model", "--weights", "normal", "--out", str(tmp_path)]
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A folder with what a small run leaves."""
+    folder = tmp_path_factory.mktemp("trial")
+    flags = ["--smoke", "--level", "weights", "outputs", "--model", "--weights", "normal", "--out", str(folder)]
     assert quant_error.main(flags) == 0
-    (path,) = tmp_path.glob("error-weights-*.csv")
-    rows = records.read(path)
-    assert all(row["commit"] and row["torch"] == torch.__version__ and row["dirty"] in (True, False) for row in rows)
-    first = rows[0]
-    assert first["rounding_excess"] < 1e-6
+    return folder
+
+
+def test_a_run_leaves_records_and_a_page(trial):
+    assert {path.suffix for path in trial.iterdir()} == {".csv", ".html", ".md"}
+    for path in trial.glob("error-*.csv"):
+        with path.open(encoding="utf-8") as file:
+            assert all(None not in row and None not in row.values() for row in csv.DictReader(file))
+        assert all(row["commit"] and row["torch"] == torch.__version__ for row in records.read(path))
+    page = (trial / "error.html").read_text(encoding="utf-8")
+    (record,) = trial.glob("error-weights-*.csv")
+    first = records.read(record)[0]
     assert first["mse_low"] < first["mse"] < first["mse_high"]
+    assert first["rounding_excess"] < 1e-6
+    for text in (record.name, first["commit"], f"{first['mse']:.4g}", f"{first['mse_theory']:.4g}"):
+        assert text in page
+        assert text in (trial / "error.md").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4  # codes, cosine, error against blocksize, outputs
+    assert "http" not in page
+
+
+def test_nothing_is_made_from_a_record_that_was_edited(trial, tmp_path, capsys):
+    (path,) = trial.glob("error-weights-*.csv")
     text = path.read_text(encoding="utf-8")
-    assert str(first["mse"]) in text
-    path.write_text(text.replace(str(first["mse"]), str(round(first["mse"] * 0.97, 9))), encoding="utf-8")
+    measured = str(records.read(path)[0]["mse"])
+    assert measured in text
+    (tmp_path / path.name).write_text(text.replace(measured, str(0.97 * float(measured))), encoding="utf-8")
     with pytest.raises(check.DisagreementError, match=r"mse 0\.00"):
-        records.read(path)
+        records.read(tmp_path / path.name)
+    for made in (figures, error_page):
+        assert made.main(["--results", str(tmp_path), "--out", str(tmp_path / "made")]) == 1
+        assert "nothing is published" in capsys.readouterr().err
+        assert not [one for one in (tmp_path / "made").glob("*") if one.name.startswith("error")]
 
 
 def test_an_error_larger_than_rounding_allows_is_refused():
@@ -200,11 +225,3 @@ def test_only_matrices_that_would_be_quantized():
 def test_too_few_weights_for_an_interval(tmp_path, capsys):
     assert quant_error.main(["--count", "4096", "--out", str(tmp_path)]) == 2
     assert "--count" in capsys.readouterr().err
-
-
-def test_a_row_has_the_columns_of_every_other(tmp_path):
-    flags = ["--smoke", "--level", "weights", "outputs", "--model", "--weights", "normal", "--out", str(tmp_path)]
-    assert quant_error.main(flags) == 0
-    for path in tmp_path.glob("error-*.csv"):
-        with path.open(encoding="utf-8") as file:
-            assert all(None not in row and None not in row.values() for row in csv.DictReader(file))

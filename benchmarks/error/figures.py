@@ -46,9 +46,9 @@ def code_tables() -> Figure:
 def error_by_blocksize(rows: list[Row]) -> Figure:
     """Measured errors with their intervals on the lines that the theory draws."""
     figure, axes = panels(2, 2, 8, 6.4, sharex=True, sharey=True)
+    sizes = sorted({row["blocksize"] for row in rows})
     for one, (name, distribution) in zip(axes, DISTRIBUTIONS.items(), strict=True):
         found = [row for row in rows if row["weights"] == name and row["status"] == "ok"]
-        sizes = sorted({row["blocksize"] for row in found})
         for format_name in dict.fromkeys(row["format"] for row in found):
             color = COLORS.get(format_name, RED)
             for nested, line in ((False, "-"), (True, ":")):
@@ -101,11 +101,16 @@ def _blocksize_legend(figure: Figure, one) -> None:
     figure.legend(*one.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=7.5)
 
 
+def is_of_layer(row: Row) -> bool:
+    return row["format"] == "nf4" and row["tensor"] is not None and LAYER.search(row["tensor"]) is not None
+
+
 def layers(rows: list[Row]) -> Figure:
     """Signal over noise of every matrix of a model under NF4, layer by layer."""
     cells = {}
     for row in rows:
-        if row["format"] == "nf4" and row["tensor"] and (match := LAYER.search(row["tensor"])):
+        if is_of_layer(row):
+            match = LAYER.search(row["tensor"])
             cells[match[2], int(match[1])] = row["sqnr_db"]
     kinds = [kind for kind in KINDS if any(kind == one for one, _ in cells)]
     kinds += sorted({kind for kind, _ in cells} - set(kinds))
