@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-interpreter test-gpu check format clean
+.PHONY: demo test test-interpreter test-gpu check format figures readme clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/qlora demo
@@ -29,6 +29,14 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Figures, error page and README tables, from the records in benchmarks/results.
+figures: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.error_page
+
+readme: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,124 @@
+"""The README's tables: from the rows of records to a head and lines of cells.  Nothing is typed in but words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .error.figures import NAMES
+from .error.sections import percent, with_interval
+from .error.weights import POOLED
+from .report import Row
+
+Table = tuple[Sequence[str], list[Sequence[str]]]
+
+OURS, THEIRS = "qkernels", "bitsandbytes"
+SHOWN_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+BLOCKSIZE = 64
+
+
+def training(rows: list[Row]) -> Table:
+    """Tokens a second and peak memory of each stack, a line a case."""
+    done = {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == "bf16"}
+    stacks = list(dict.fromkeys(stack for stack, _ in done))
+    body = []
+    for name in dict.fromkeys(name for _, name in done):
+        cells = [
+            f"{row['tokens_per_s']:,.0f} ({row['gpu_peak_allocated_gib']:.1f})"
+            if (row := done.get((stack, name)))
+            else ""
+            for stack in stacks
+        ]
+        body.append((name.replace("x", " x ") if name[0].isdigit() else f"the tutorial's {name}", *cells))
+    return ("batch x length; tokens/s (GPU peak, GiB), bf16", *stacks), body
+
+
+def kernels(rows: list[Row]) -> Table:
+    """Dequantize in a CUDA graph, quantize with a flushed cache, which is how both can be timed."""
+    body = []
+    for shape in dict.fromkeys((row["rows"], row["columns"]) for row in rows):
+        line = [f"{shape[0]} x {shape[1]}"]
+        for op, method in (("dequantize", "graph"), ("quantize", "flushed")):
+            ours, theirs = (_only(rows, shape, op, method, provider) for provider in (OURS, THEIRS))
+            line += [f"{ours['median_us']:.1f}", f"{theirs['median_us']:.1f}"]
+            line += [f"{theirs['median_us'] / ours['median_us']:.2f}x", f"{ours['percent_of_copy']:.0f}%"]
+        body.append(line)
+    parts = (OURS, THEIRS, "speed-up", "of a copy's bandwidth")
+    return (
+        f"weight, {rows[0]['dtype']}; µs",
+        *(f"{op}: {part}" for op in ("dequantize", "quantize") for part in parts),
+    ), body
+
+
+def matmul(rows: list[Row]) -> Table:
+    """One shape, a line for each M."""
+    method = "graph" if any(row["method"] == "graph" for row in rows) else "wall"
+    shape = next((row["rows"], row["columns"]) for row in rows)
+    found = [
+        row
+        for row in rows
+        if (row["rows"], row["columns"], row["method"], row["op"]) == (*shape, method, "matmul")
+        and row["dtype"] == rows[0]["dtype"]
+    ]
+    shown = [provider for provider in (OURS, THEIRS, "torch") if any(row["provider"] == provider for row in found)]
+    body = []
+    for m in sorted({row["m"] for row in found} & set(SHOWN_ROWS)):
+        times = {row["provider"]: row["median_us"] for row in found if row["m"] == m and row["status"] == "ok"}
+        speed = f"{times[THEIRS] / times[OURS]:.2f}x" if {OURS, THEIRS} <= times.keys() else ""
+        body.append((str(m), *(f"{times[one]:.1f}" if one in times else "" for one in shown), speed))
+    return (f"M; {shape[0]} x {shape[1]}, {rows[0]['dtype']}; µs", *shown, f"over {THEIRS}"), body
+
+
+def exercise(rows: list[Row]) -> Table:
+    """The three MLPs together."""
+    body = [
+        (row["provider"], f"{row['seconds']:.3f}", f"{row['times_bitsandbytes']:.2f}x")
+        for row in rows
+        if row["hidden"] == "all"
+    ]
+    return ("by", "seconds for all", f"speed-up over {THEIRS}"), body
+
+
+def errors(weights: list[Row], models: list[Row]) -> Table:
+    """The formats at the usual blocksize with double quantization: normal weights, a model's, and what they cost it."""
+    body = []
+    for row in weights:
+        usual = row["nested"] and row["blocksize"] == BLOCKSIZE and row["provider"] != THEIRS
+        if not usual or row["weights"] != "normal":
+            continue
+        peers = (row["format"], row["blocksize"], row["nested"], row["provider"])
+        pooled = next(one for one in weights if one["tensor"] == POOLED and _peers(one) == peers)
+        model = next(one for one in models if _peers(one) == peers)
+        body.append(
+            (
+                NAMES[row["format"]],
+                f"{row['bits_per_weight']:.2f}",
+                percent(row["relative_rms"]),
+                percent(row["relative_rms_theory"]),
+                percent(pooled["relative_rms"]),
+                with_interval(model, "kl", "{:.4f}".format),
+                with_interval(model, "perplexity_ratio", "{:.3f}".format),
+            )
+        )
+    name = models[0]["model"]
+    return (
+        f"blocks of {BLOCKSIZE}, double quantization",
+        "bits a weight",
+        "RMS error, normal weights",
+        "expected",
+        f"{name}'s weights",
+        "its KL from float32, nats",
+        "its perplexity over float32's",
+    ), body
+
+
+def _peers(row: Row) -> tuple[object, ...]:
+    return row["format"], row["blocksize"], row["nested"], row["provider"]
+
+
+def _only(rows: Iterable[Row], shape: tuple[int, int], op: str, method: str, provider: str) -> Row:
+    return next(
+        row
+        for row in rows
+        if (row["rows"], row["columns"]) == shape
+        and (row["op"], row["method"], row["provider"], row["status"]) == (op, method, provider, "ok")
+    )

@@ -1,0 +1,86 @@
+"""The README's tables and the figures are those of the records in the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
+
+from PIL import Image
+
+from benchmarks import error_page, figures, plotting, readme
+
+
+def test_the_tables_are_current():
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.current(text, readme.RESULTS) == text, "run `make readme`"
+
+
+def test_every_table_has_its_place():
+    text = readme.README.read_text(encoding="utf-8")
+    assert {found["name"] for found in readme.MARKS.finditer(text)} == set(readme.TABLES)
+
+
+def test_a_changed_record_changes_the_table(tmp_path):
+    for path in readme.RESULTS.glob("dequantize-quantize-*.csv"):
+        shutil.copy(path, tmp_path)
+    mark = "<!-- table: kernels -->\n<!-- end of table -->"
+    before = readme.current(mark, tmp_path)
+    assert before.count("\n| ") > 3
+    assert "python -m benchmarks.run" in before
+    ours = re.search(r"\| ([\d.]+) \|", before)[1]
+    for path in tmp_path.iterdir():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        changed = [re.sub(r",ok,,[\d.]+", ",ok,,1234.5", line) for line in lines]
+        path.write_text("\n".join(changed) + "\n", encoding="utf-8")
+    after = readme.current(mark, tmp_path)
+    assert "1234.5" in after
+    assert f"| {ours} |" not in after
+
+
+def test_a_table_without_a_record_is_empty(tmp_path):
+    mark = "<!-- table: errors -->\nold\n<!-- end of table -->"
+    assert readme.current(mark, tmp_path) == "<!-- table: errors -->\n<!-- end of table -->"
+
+
+def test_a_mark_that_names_no_table_is_an_error(tmp_path):
+    with pytest.raises(KeyError):
+        readme.current("<!-- table: nothing -->\n<!-- end of table -->", tmp_path)
+
+
+def test_every_figure_is_of_the_newest_record():
+    for name, drawn in figures.DRAWN.items():
+        path = figures.FIGURES / name
+        record = figures.newest(figures.RESULTS, drawn.pattern)
+        if record is None or not any(drawn.needs(row) for row in record[1]):
+            assert not path.exists(), f"{name} has no record"
+            continue
+        with Image.open(path) as picture:
+            assert picture.text[plotting.SOURCE_KEY] == plotting.source_of(*record), "run `make figures`"
+    assert {path.name for path in figures.FIGURES.iterdir()} <= {*figures.DRAWN, *figures.DEFINED}
+    assert all(
+        (figures.FIGURES / name).stat().st_size < 200_000 for name in figures.DRAWN if (figures.FIGURES / name).exists()
+    )
+
+
+def test_the_error_page_is_current(tmp_path):
+    committed = figures.RESULTS / "error.md"
+    made = error_page.make(figures.RESULTS, tmp_path)
+    assert [path.name for path in made] == ["error.html", "error.md"]
+    without_pictures = re.sub(r"!\[[^\n]*\n\n", "", committed.read_text(encoding="utf-8"))
+    assert (tmp_path / "error.md").read_text(encoding="utf-8") == without_pictures, "run `make figures`"
+
+
+def test_the_training_table_names_every_stack(tmp_path):
+    rows = [
+        {"stack": stack, "name": "4x512", "status": "ok", "precision": "bf16", "tokens_per_s": speed}
+        | {"gpu_peak_allocated_gib": 6.0, "commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01"}
+        for stack, speed in (("qlora", 5000.0), ("other", 4000.0))
+    ]
+    (tmp_path / "bloom-7b1-gpu.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    text = readme.current("<!-- table: training -->\n<!-- end of table -->", tmp_path)
+    assert "| 4 x 512 | 5,000 (6.0) | 4,000 (6.0) |" in text
