@@ -16,7 +16,7 @@ from qlora.data import bundled_prompts
 _SPECIAL = ["<unk>", "<eos>", "<pad>"]
 
 
-def save_model(name: str, folder: Path) -> Path:
+def save_model(name: str, folder: Path, **changes) -> Path:
     """A checkpoint with a tokenizer that knows the most frequent words of the bundled prompts."""
     words = Counter(word for prompt in prompts() for word in prompt.split())
     known = [*_SPECIAL, *(word for word, _ in words.most_common(VOCABULARY - len(_SPECIAL)))]
@@ -24,7 +24,7 @@ def save_model(name: str, folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # <unk> is no special token of it: generated text shows it.
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    return save_tiny(name, folder)
+    return save_tiny(name, folder, **changes)
 
 
 def prompts() -> list[str]:
