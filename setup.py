@@ -9,7 +9,8 @@ VERSION = "0.1.0"
 DEMO = ["gguf>=0.17"]
 BENCH = ["bitsandbytes==0.50.2; sys_platform == 'linux'", "pytest>=8", "pytest-benchmark>=5", "jinja2>=3"]
 NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
-DEV = [*BENCH, "ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML", "setuptools>=77", *NOTEBOOK]
+TOOLS = ["ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML", "setuptools>=77", "tensorboardX>=2.6"]
+DEV = [*BENCH, *TOOLS, *NOTEBOOK]
 
 setup(
     name="qkernels-qlora",
