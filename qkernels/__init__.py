@@ -29,6 +29,7 @@ from .functional import (
     quantize_blockwise,
     quantize_fp4,
     quantize_nf4,
+    seeded_dropout,
 )
 from .quant_state import QuantState
 
@@ -57,4 +58,5 @@ __all__ = [
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
+    "seeded_dropout",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import autograd, checks
+from .dropout import threshold_and_scale
 from .errors import UserError
 from .format import NESTED_BLOCKSIZE, code_table, dynamic_map
 from .ops import in_eager_mode, nothing_listens, operator
@@ -356,6 +357,35 @@ def gemv_4bit(
         state: W's QuantState.
     """
     return matmul_4bit(A, B, state, out)  # type: ignore[arg-type]
+
+
+def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Dropout whose mask can be made again: x / (1 - p) where it is kept, else 0.
+
+    The same seed, p and size give the same mask on every device, for every dtype.  Not differentiable; the gradient is
+    `seeded_dropout(grad, p, seed)`.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape; a non-contiguous tensor is copied in row-major order.
+        p: share that is dropped, 0 to 1.
+        seed: int64[1] on x's device.
+
+    Returns:
+        Tensor of x's shape and dtype.
+
+    Raises:
+        UserError (a ValueError): a wrong dtype, probability, seed or device.
+    """
+    checks.check_floating("x", x)
+    checks.check_same_device("seed", seed, "x", x)
+    if not 0.0 <= p <= 1.0 or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise UserError(
+            "p, seed",
+            expected="a probability from 0 to 1, and one int64",
+            got=f"{p}, {seed.dtype}{list(seed.shape)}",
+            remedy="Make a seed by torch.randint(2**63 - 1, (1,), device=x.device).",
+        )
+    return operator("dropout", x)(x.detach().contiguous(), seed, *threshold_and_scale(p))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

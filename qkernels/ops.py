@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dense import linear
+from .dropout import dropout_reference
 from .format import block_count, packed_length
 from .reference import (
     decode_absmax_reference,
@@ -47,6 +48,8 @@ SCHEMAS = {
     "gemm_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias, {_NESTED}) -> Tensor",
     # dA[..., K] = grad[..., N] W[N, K]
     "gemm_4bit_dx": f"(Tensor grad, {_WEIGHT}, {_NESTED}) -> Tensor",
+    # kept elements times scale; the mask is a function of the seed
+    "dropout": "(Tensor x, Tensor seed, int threshold, float scale) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"qkernels::{_name}", _schema)
@@ -109,6 +112,11 @@ def _(grad: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shapeB[1]))
 
 
+@torch.library.register_fake("qkernels::dropout")
+def _(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # ---- CPU: the reference ----
 
 
@@ -162,6 +170,11 @@ def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtyp
 @torch.library.impl("qkernels::dequantize_blockwise.out", "CPU")
 def _(*args: object, out: Tensor) -> None:
     out.copy_(torch.ops.qkernels.dequantize_blockwise.default(*args))
+
+
+@torch.library.impl("qkernels::dropout", "CPU")
+def _(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
+    return dropout_reference(x, seed, threshold, scale)
 
 
 # The product is dequantization to the activations' dtype and the platform's matrix product.

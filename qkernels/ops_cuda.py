@@ -16,8 +16,9 @@ from torch import Tensor
 from .dense import linear
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
 from .kernels.dequantize import dequantize_4bit_triton
+from .kernels.dropout import dropout_triton
 from .kernels.quantize import quantize_4bit_triton
-from .tuning import elementwise_config
+from .tuning import DROPOUT_CONFIG, elementwise_config
 
 _NOTHING = nullcontext()
 
@@ -93,6 +94,11 @@ def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int
     return out
 
 
+def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
+    with _on_device_of(x):
+        return dropout_triton(x, seed, threshold, scale, DROPOUT_CONFIG)
+
+
 # The products dequantize to the activations' dtype and hand over to cuBLAS.  They call the function above and not its
 # operator: a second trip through the dispatcher costs more than the launch.
 
@@ -130,6 +136,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "quantize_scales": quantize_scales,
     "dequantize_blockwise": dequantize_blockwise,
     "dequantize_blockwise.out": dequantize_blockwise_out,
+    "dropout": dropout,
     "gemm_4bit": gemm_4bit,
     "gemm_4bit_dx": gemm_4bit_dx,
 }

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
+from .kernels.dropout import _dropout_kernel
 from .kernels.quantize import _quantize_4bit_kernel
-from .tuning import LaunchConfig, elementwise_config
+from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config
 
 _DTYPES = ("fp32", "fp16", "bf16")
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
@@ -42,6 +44,7 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """All of them."""
+    yield from _dropout()
     for blocksize in BLOCKSIZES:
         for dtype in _DTYPES:
             for length, words in _LENGTHS.items():
@@ -50,6 +53,19 @@ def variants() -> Iterator[Variant]:
                     yield from _quantize_4bit(blocksize, dtype, length, tag)
                     yield from _dequantize_4bit(blocksize, dtype, length, tag)
                     yield from _blockwise(blocksize, dtype, length, tag)
+
+
+def _dropout() -> Iterator[Variant]:
+    threshold, scale = threshold_and_scale(0.05)
+    for dtype in _DTYPES:
+        for length, words in _LENGTHS.items():
+            yield Variant(
+                f"dropout {dtype} {words}",
+                _dropout_kernel,
+                {"x_ptr": f"*{dtype}", "seed_ptr": "*i64", "out_ptr": f"*{dtype}", "n": length},
+                {"THRESHOLD": threshold, "SCALE": scale, "BLOCK": DROPOUT_CONFIG.rows},
+                DROPOUT_CONFIG,
+            )
 
 
 def _tile(op: str, blocksize: int) -> tuple[dict[str, int], LaunchConfig]:

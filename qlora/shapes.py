@@ -115,7 +115,7 @@ def shapes_of(model: nn.Module, lora: LoraArguments) -> Shapes:
 
     Args:
         model: from `meta_model`.
-        lora: which layers get an adapter, its rank and dropout.
+        lora: which layers get an adapter, and its rank.
 
     Raises:
         UserError: an unknown target module.
@@ -127,7 +127,7 @@ def shapes_of(model: nn.Module, lora: LoraArguments) -> Shapes:
     adapted = [name for name in adapted_layers(model, lora) if name in linears]
     config: Any = model.config
     layers = config.num_hidden_layers
-    inputs = _adapter_inputs({name: linears[name].in_features for name in adapted}, lora.lora_dropout) / layers
+    inputs = _adapter_inputs({name: linears[name].in_features for name in adapted}) / layers
     saved, working, transient = _widths(model, linears, layers)
     frozen = {name: linear for name, linear in linears.items() if name not in adapted}
 
@@ -152,11 +152,9 @@ def shapes_of(model: nn.Module, lora: LoraArguments) -> Shapes:
     )
 
 
-def _adapter_inputs(features: dict[str, int], dropout: float) -> float:
-    """Elements a token that the adapters of all blocks keep of their inputs."""
-    if dropout:
-        return 1.5 * sum(features.values())  # a copy each, and a mask of one byte an element, half of one in 16 bits
-    # Without it they keep what there is: one for layers side by side, none where attention keeps its output anyway.
+def _adapter_inputs(features: dict[str, int]) -> float:
+    """Elements a token that the adapters of all blocks keep of their inputs; what dropout leaves is made again."""
+    # One for layers side by side, none where attention keeps its output anyway.
     distinct = {}
     for name, width in features.items():
         parent, _, child = name.rpartition(".")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
     "qkernels": ("qlora", "transformers", "peft", "trl", "datasets", "bitsandbytes", "benchmarks", "tests"),
     "qkernels/format.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
+    "qkernels/dropout.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/quant_state.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/reference.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.checks"),
     "qkernels/checks.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
@@ -27,6 +28,7 @@ FORBIDDEN = {
     "qlora/embedding4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/targets.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/dequantize.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/dropout.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/lora_product.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/optimize/alibi.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/optimize/autocast.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),

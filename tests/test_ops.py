@@ -51,6 +51,10 @@ def test_blockwise():
     opcheck(OPS.dequantize_blockwise.out, arguments, {"out": torch.empty(24, 40)})
 
 
+def test_dropout():
+    opcheck(OPS.dropout.default, (torch.randn(5, 7), torch.tensor([3]), 1000, 1.5))
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])
 def test_every_operator_is_implemented_on_both_devices(name, key):

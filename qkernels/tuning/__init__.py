@@ -45,6 +45,10 @@ _TILES = {
 }
 
 
+# Elements and warps a program: 16 bytes of 16-bit values a thread.  One row is one element.
+DROPOUT_CONFIG = LaunchConfig(1024, 4)
+
+
 @lru_cache
 def elementwise_config(op: str, blocksize: int) -> LaunchConfig:
     """Configuration of the quantize and dequantize kernels, 4-bit and 8-bit.

@@ -33,6 +33,7 @@ from qkernels.functional import autocast_dtype
 
 from ..checkpoint import is_local
 from ..dequantize import float_layer
+from ..dropout import SeededDropout
 from ..linear4bit import Linear4bit
 from ..lora_product import add_lora
 
@@ -62,6 +63,9 @@ class LoraLinear4bit(Linear):
         """
         _refuse_float_only(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        dropout = self.lora_dropout[adapter_name]
+        if type(dropout) is nn.Dropout:
+            self.lora_dropout[adapter_name] = SeededDropout(dropout.p).train(dropout.training)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., K] to [..., N]; plain adapters by `add_lora`, all else (DoRA, merged, mixed batches) by peft."""
@@ -72,10 +76,14 @@ class LoraLinear4bit(Linear):
         x = x.to(autocast_dtype(x) or x.dtype)  # once, for the base layer and the adapters
         y = self.base_layer(x)
         for name in adapters:
-            dropped = self.lora_dropout[name](x)
+            dropout: Any = self.lora_dropout[name]
             lora_A: Any = self.lora_A[name]
             lora_B: Any = self.lora_B[name]
-            y = add_lora(y, dropped, lora_A.weight, lora_B.weight, self.scaling[name])
+            weights = (lora_A.weight, lora_B.weight, self.scaling[name])
+            if isinstance(dropout, SeededDropout):
+                y = add_lora(y, x, *weights, dropout.p, dropout.draw(x.device))
+            else:
+                y = add_lora(y, dropout(x), *weights)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from ..dropout import draw_seeds, randomness, seeded
+
 RECOMPUTE = ("block", "parts", "nothing")
 
 
@@ -52,11 +54,20 @@ class RecomputedBlock:
         whole = _all_of(parts)
         if not self.recomputes:
             return whole(hidden, *arguments)
+        by_seed, by_generator = randomness(self)  # type: ignore[arg-type]
         pieces = parts if self.recompute == "parts" else (whole,)
         with save_on_cpu(pin_memory=hidden.is_cuda) if self.offload else contextlib.nullcontext():
             for piece in pieces:
-                hidden = checkpoint(piece, hidden, *arguments, use_reentrant=False)  # type: ignore[assignment]
+                seeds = draw_seeds(by_seed, hidden.device) if by_seed else None
+                hidden = checkpoint(  # type: ignore[assignment]
+                    _seeded, piece, seeds, hidden, *arguments, use_reentrant=False, preserve_rng_state=by_generator
+                )
         return hidden
+
+
+def _seeded(piece: Callable[..., Tensor], seeds: Tensor | None, hidden: Tensor, *arguments: Any) -> Tensor:
+    with contextlib.nullcontext() if seeds is None else seeded(seeds):
+        return piece(hidden, *arguments)
 
 
 def _all_of(parts: tuple[Callable[..., Tensor], ...]) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from exact import assert_bits_equal, gpu_reciprocal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
+from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
 from qkernels.reference import (
     decode_absmax_reference,
@@ -205,3 +206,12 @@ def test_more_than_two_to_the_31_elements():
     assert_bits_equal(packed.view(-1)[-tail.numel() :], tail.view(-1))
     decoded = qkernels.dequantize_4bit(packed, state)
     assert_bits_equal(decoded[-(n % 64 + 64 * 1000) :], qkernels.dequantize_4bit(tail, tail_state))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+def test_dropout_is_the_reference(p, dtype):
+    seed = torch.randint(2**63 - 1, (1,), device="cuda")
+    for n in LENGTHS:
+        x = torch.randn(n, device="cuda").to(dtype)
+        assert_bits_equal(qkernels.seeded_dropout(x, p, seed), dropout_reference(x, seed, *threshold_and_scale(p)))

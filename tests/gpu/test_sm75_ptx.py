@@ -12,6 +12,7 @@ from exact import assert_bits_equal, gpu_reciprocal
 from ptx import PtxKernel
 
 import qkernels
+from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import block_count, code_table, dynamic_map, packed_length
 from qkernels.kernels._encode import bucket_table
 from qkernels.reference import (
@@ -155,3 +156,18 @@ def test_dequantize_blockwise(variant):
         kernel(grid(variant, n), arguments)
         assert_bits_equal(out, dequantize_blockwise_reference(index, state.absmax, code, blocksize, dtype))
         assert_bits_equal(out, qkernels.dequantize_blockwise(index, state))
+
+
+DROPOUTS = [variant for variant in variants() if variant.name.startswith("dropout ") and dtype_of(variant) is not None]
+
+
+@pytest.mark.parametrize("variant", DROPOUTS, ids=lambda variant: variant.name)
+def test_dropout(variant):
+    kernel, seed = PtxKernel(variant, "sm_75"), torch.randint(2**63 - 1, (1,), device="cuda")
+    for n in lengths(variant):
+        x = values(n, dtype_of(variant))
+        out = filled(n, x.dtype)
+        arguments = {"x_ptr": x, "seed_ptr": seed, "out_ptr": out, "n": n}
+        kernel((triton.cdiv(n, variant.constants["BLOCK"]), 1, 1), arguments)
+        assert_bits_equal(out, dropout_reference(x, seed, *threshold_and_scale(0.05)))
+        assert_bits_equal(out, qkernels.seeded_dropout(x, 0.05, seed))

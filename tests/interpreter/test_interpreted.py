@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
 from qkernels.kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
 from qkernels.kernels.dequantize import dequantize_4bit_triton
+from qkernels.kernels.dropout import dropout_triton
 from qkernels.kernels.quantize import quantize_4bit_triton
 from qkernels.reference import (
     decode_absmax_reference,
@@ -20,7 +22,7 @@ from qkernels.reference import (
     quantize_4bit_reference,
     quantize_blockwise_reference,
 )
-from qkernels.tuning import elementwise_config
+from qkernels.tuning import DROPOUT_CONFIG, elementwise_config
 
 # bf16 is not tried: the interpreter computes in numpy, which has no such type.
 DTYPES = [torch.float32, torch.float16]
@@ -142,3 +144,12 @@ def test_blockwise_breaks_ties_towards_the_even_index():
     index, _ = quantize_blockwise_triton(values, CODE, 256, None, elementwise_config("quantize_blockwise", 256))
     assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256)[0])
     assert (index[1:-1] % 2 == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.05, 1.0])
+def test_dropout(p, dtype):
+    for n in LENGTHS:
+        values, seed = awkward_values(n, dtype), torch.randint(2**63 - 1, (1,))
+        arguments = (seed, *threshold_and_scale(p))
+        assert_bits_equal(dropout_triton(values, *arguments, DROPOUT_CONFIG), dropout_reference(values, *arguments))
