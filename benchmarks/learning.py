@@ -3,8 +3,8 @@
     python -m benchmarks.learning --out benchmarks/results --figure docs/figures/learning.png
     python -m benchmarks.learning --from benchmarks/results/learning-....csv --figure docs/figures/learning.png
 
-SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, once on
-NF4 (double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
+SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, once
+on NF4 (double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
 """
 
 from __future__ import annotations
