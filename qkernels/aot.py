@@ -3,8 +3,9 @@
     python -m qkernels.aot --arch sm_75
 
 One row a kernel variant: registers a thread, spilled bytes, shared memory, tensor-core instructions, bf16 arithmetic.
-The exit code is 1 when a variant spills, takes more than 64 KiB of shared memory (a T4's limit), computes in bf16 (a T4
-has no such arithmetic), or has a `tl.dot` without tensor-core instructions (Triton compiles it to FMA for sm_75).
+The exit code is 1 when a variant spills, takes more shared memory than a program can have there (64 KiB on a T4),
+computes in bf16 (a T4 has no such arithmetic), or has a `tl.dot` without tensor-core instructions (Triton compiles it
+to FMA for sm_75).
 
 Room: a tool over `kernels/` and `tuning/`; it needs Triton, whose package carries `ptxas`, and no GPU.
 """
@@ -26,11 +27,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from .tuning.skinny import SHARED_LIMIT_BYTES
 from .variants import Variant, variants
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
-SHARED_LIMIT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,14 @@ class Resources:
     tensor_core: int
     bf16_arithmetic: int
     has_dot: bool
+    shared_limit_bytes: int
 
     def faults(self) -> list[str]:
-        """Why a T4 should not run it; empty when it may."""
+        """Why the GPU should not run it; empty when it may."""
         found = []
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
-        if self.shared_bytes > SHARED_LIMIT_BYTES:
+        if self.shared_bytes > self.shared_limit_bytes:
             found.append(f"takes {self.shared_bytes} bytes of shared memory")
         if self.bf16_arithmetic:
             found.append(f"{self.bf16_arithmetic} bf16 arithmetic instructions")
@@ -75,7 +78,8 @@ def compile_variant(variant: Variant, arch: str) -> Any:
         for name, kind in variant.signature.items()
         if kind.startswith("*") or kind.endswith(":16")
     }
-    source = ASTSource(
+    source_of = GluonASTSource if variant.kernel.is_gluon() else ASTSource
+    source = source_of(
         fn=variant.kernel,
         signature=types,
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
@@ -97,7 +101,9 @@ def inspect(variant: Variant, arch: str) -> Resources:
         shared_bytes=compiled.metadata.shared,
         tensor_core=len(re.findall(r"\b(?:mma|wgmma)\.", ptx)),
         bf16_arithmetic=len(re.findall(r"\b(?:add|sub|mul|fma|min|max|neg|abs)\.[a-z.]*bf16", ptx)),
-        has_dot="tt.dot" in compiled.asm["ttir"],
+        # Gluon has no such stage: its kernels name their instructions.
+        has_dot="tt.dot" in compiled.asm.get("ttir", ""),
+        shared_limit_bytes=SHARED_LIMIT_BYTES[int(arch.removeprefix("sm_"))],
     )
 
 
@@ -124,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_75")
     parser.add_argument("--kernel", default="", help="only variants whose name contains this")
     options = parser.parse_args(arguments)
-    chosen = [variant for variant in variants() if options.kernel in variant.name]
+    chosen = [variant for variant in variants(options.arch) if options.kernel in variant.name]
     if not chosen:
         parser.error(f"no variant's name contains {options.kernel!r}")
     width = max(len(variant.name) for variant in chosen)

@@ -14,7 +14,9 @@ import torch
 
 from .errors import UserError
 from .format import FLOAT_DTYPES
+from .tuning.skinny import skinny_config, skinny_limit
 
+SKINNY = "fused skinny"
 DEQUANTIZE = "dequantize + cuBLAS"
 REFERENCE = "dequantize + torch's CPU product"
 
@@ -29,6 +31,7 @@ class Product(NamedTuple):
         capability: of the GPU, (7, 5) for a T4.
         blocksize: weights that share a scale.
         backward: whether it is dx.
+        aligned: whether the packed weight begins at a multiple of 16 bytes, as every allocation does.
     """
 
     M: int
@@ -38,6 +41,12 @@ class Product(NamedTuple):
     capability: Capability
     blocksize: int = 64
     backward: bool = False
+    aligned: bool = True
+
+    @property
+    def sm(self) -> int:
+        """The compute capability as one number, 75 for (7, 5)."""
+        return 10 * self.capability[0] + self.capability[1]
 
 
 class Choice(NamedTuple):
@@ -60,8 +69,25 @@ class Rule(NamedTuple):
     refuse: Callable[[Product], str | None]
 
 
+def _refuse_skinny(product: Product) -> str | None:
+    limit = skinny_limit(product.sm)
+    if product.backward:
+        return "it is a forward product"
+    if product.dtype == torch.float32 or (product.dtype == torch.bfloat16 and product.sm < 80):
+        return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
+    if not 1 <= product.M <= limit:
+        return f"M={product.M} is not in 1 to {limit}"
+    if product.K % 64 or product.blocksize < 64:
+        return f"K={product.K} and blocks of {product.blocksize} are not both multiples of 64"
+    if not product.aligned:
+        return "the packed weight is not aligned to 16 bytes"
+    if skinny_config(product.M, product.N, product.K, product.sm) is None:
+        return f"N={product.N} is below 16, or the scales of K={product.K} exceed shared memory"
+    return None
+
+
 # In this order; the first that does not refuse is chosen, and dequantize + cuBLAS computes everything.
-RULES: tuple[Rule, ...] = ()
+RULES: tuple[Rule, ...] = (Rule(SKINNY, _refuse_skinny),)
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +97,7 @@ def choose(product: Product) -> Choice:
     for implementation, refuse in RULES:
         reason = refuse(product)
         if reason is None:
-            why = f"M={product.M} on sm_{product.capability[0]}{product.capability[1]} is within its range"
+            why = f"M={product.M} on sm_{product.sm} is within its range"
             return Choice(implementation, "; ".join([*refusals, why]))
         refusals.append(f"not {implementation}: {reason}")
     return Choice(DEQUANTIZE, "; ".join(refusals) or "nothing else is there")

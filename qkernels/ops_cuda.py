@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .dense import linear
+from .dispatch import SKINNY, Product, capability_of, choose
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
+from .kernels.matmul_skinny import matmul_skinny_triton
 from .kernels.quantize import quantize_4bit_triton
 from .tuning import DROPOUT_CONFIG, elementwise_config
+from .tuning.skinny import skinny_config
 
 _NOTHING = nullcontext()
 
@@ -99,8 +102,9 @@ def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
         return dropout_triton(x, seed, threshold, scale, DROPOUT_CONFIG)
 
 
-# The products dequantize to the activations' dtype and hand over to cuBLAS.  They call the function above and not its
-# operator: a second trip through the dispatcher costs more than the launch.
+# The products ask `dispatch.py`.  What no fused kernel takes is dequantized to the activations' dtype and handed to
+# cuBLAS, by the function above and not its operator: a second trip through torch's dispatcher costs more than the
+# launch.
 
 
 def gemm_4bit(
@@ -113,7 +117,27 @@ def gemm_4bit(
     bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
+    N, K = shapeB
+    M = A.numel() // max(1, K)
+    product = Product(M, N, K, A.dtype, capability_of(A.device.index), blocksize, False, B.data_ptr() % 16 == 0)
+    if choose(product).implementation == SKINNY:
+        return _gemm_4bit_skinny(A, B, product, absmax, quant_type, bias, *nested)
     return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+
+
+def _gemm_4bit_skinny(
+    A: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, bias: Tensor | None, *nested: Tensor | None
+) -> Tensor:
+    config = skinny_config(product.M, product.N, product.K, product.sm)
+    assert config is not None
+    x = A.contiguous()
+    if x.data_ptr() % 16:  # a slice of another tensor
+        x = x.clone()
+    out = torch.empty((*A.shape[:-1], product.N), dtype=A.dtype, device=A.device)
+    bias = bias if bias is None else bias.contiguous()
+    with _on_device_of(A):
+        matmul_skinny_triton(x, B, absmax, product.blocksize, quant_type, bias, out, config, *nested)
+    return out
 
 
 def gemm_4bit_dx(

@@ -1,5 +1,7 @@
 """Every specialization of every kernel that the operators can launch, for compiling them without a GPU.
 
+The fused products are compiled for each K, and stand here with the sizes of Bloom-7B1 and Llama-2-7B and an odd one.
+
 Room: enumeration for `aot.py` and the tests; nothing here is imported on the user's path.  Lengths divisible by 16 and
 others are told apart, and at one block size lengths of 2^31 and more.  The length 1 is left out: Triton folds it into
 the code.
@@ -11,13 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
+from .kernels._pairs import ALPHA, pair_codes
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
+from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config
+from .tuning.skinny import SkinnyConfig, skinny_config
 
 _DTYPES = ("fp32", "fp16", "bf16")
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
@@ -39,11 +46,12 @@ class Variant:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    config: LaunchConfig
+    config: LaunchConfig | SkinnyConfig
 
 
-def variants() -> Iterator[Variant]:
-    """All of them."""
+def variants(arch: str = "sm_75") -> Iterator[Variant]:
+    """All of them, as they are launched on that architecture."""
+    yield from _matmul_skinny(int(arch.removeprefix("sm_")))
     yield from _dropout()
     for blocksize in BLOCKSIZES:
         for dtype in _DTYPES:
@@ -120,5 +128,48 @@ def _blockwise(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Va
         _dequantize_blockwise_kernel,
         {"x_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": length},
         tile,
+        config,
+    )
+
+
+# (N, K): query_key_value and dense_4h_to_h of Bloom-7B1, down_proj of Llama-2-7B, and a K that ends in half a chunk.
+_SKINNY_SHAPES = ((12288, 4096), (4096, 16384), (4096, 11008), (1000, 4160))
+
+
+def _matmul_skinny(sm: int) -> Iterator[Variant]:
+    for M in (1, 8, 16, 32):
+        for N, K in _SKINNY_SHAPES:
+            for dtype in ("fp16", "bf16") if sm >= 80 else ("fp16",):
+                for nested in (False, True) if K == 4096 else (True,):
+                    yield skinny_variant(M, N, K, sm, dtype, "nf4", 64, nested, has_bias=nested)
+    yield skinny_variant(3, 12288, 4096, sm, "fp16", "fp4", 256, True, has_bias=False)
+
+
+def skinny_variant(
+    M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool, has_bias: bool
+) -> Variant:
+    """The one that `matmul_skinny_triton` would launch."""
+    config = skinny_config(M, N, K, sm)
+    assert config is not None
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+    bias = {"bias_ptr": f"*{dtype}"}
+    constants = {
+        "K": K,
+        "CODES": pair_codes(quant_type, torch_dtype),
+        "ALPHA": ALPHA[quant_type, torch_dtype],
+        "NESTED": nested,
+        "NESTED_BLOCK": NESTED_BLOCKSIZE,
+        "QUANT_BLOCK": blocksize,
+        "HAS_BIAS": has_bias,
+        **skinny_constants(config, torch_dtype),
+    }
+    return Variant(
+        f"matmul_skinny M={M} N={N} K={K} {dtype} {quant_type} blocksize={blocksize}"
+        f"{' nested' if nested else ''}{' bias' if has_bias else ''}",
+        _matmul_skinny_kernel,
+        {**pointers, **(scales if nested else {}), **(bias if has_bias else {}), "M": "i32", "N": "i32"},
+        constants | ({} if nested else dict.fromkeys(scales)) | ({} if has_bias else dict.fromkeys(bias)),
         config,
     )

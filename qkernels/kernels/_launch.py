@@ -9,14 +9,22 @@ Triton's launch hooks (its Proton profiler sets them) see the first launch of a 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from triton import JITFunction
 
-from ..tuning import LaunchConfig
-
 Grid = tuple[int, int, int]  # of plain integers: triton.cdiv, made for kernels, takes longer than the rest of a launch
+
+
+class Config(Protocol):
+    """What a launch needs of a configuration, which is hashable."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def max_registers(self) -> int | None: ...
 
 
 class Launcher:
@@ -44,7 +52,7 @@ class Launcher:
         pointers: tuple[torch.Tensor | None, ...],
         sizes: tuple[int, ...],
         constants: tuple[object, ...],
-        config: LaunchConfig,
+        config: Config,
     ) -> None:
         """Launch on the current device and stream.
 
@@ -87,7 +95,7 @@ class Launcher:
         )
 
     def _first(
-        self, grid: Grid, pointers: tuple[torch.Tensor | None, ...], scalars: tuple[object, ...], config: LaunchConfig
+        self, grid: Grid, pointers: tuple[torch.Tensor | None, ...], scalars: tuple[object, ...], config: Config
     ) -> Any:
         """Launch through Triton, which compiles the variant, and return it."""
         tensors = [

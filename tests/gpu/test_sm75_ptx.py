@@ -1,11 +1,13 @@
 """The code that a T4 would run, run on the GPU at hand: PTX for sm_75, exact to the last bit.
 
-It is held against the reference, which is given the GPU's own reciprocal, and against the native build.
+It is held against the reference, which is given the GPU's own reciprocal, and against the native build; the fused
+product against float64.
 """
 
 from __future__ import annotations
 
 import pytest
+import skinny
 import torch
 import triton
 from exact import assert_bits_equal, gpu_reciprocal
@@ -171,3 +173,27 @@ def test_dropout(variant):
         kernel((triton.cdiv(n, variant.constants["BLOCK"]), 1, 1), arguments)
         assert_bits_equal(out, dropout_reference(x, seed, *threshold_and_scale(0.05)))
         assert_bits_equal(out, qkernels.seeded_dropout(x, 0.05, seed))
+
+
+@pytest.mark.parametrize("variant", cases("matmul_skinny"))
+def test_matmul_skinny(variant):
+    kernel, constants, N = PtxKernel(variant, "sm_75"), variant.constants, 1000
+    K, nested, columns = constants["K"], constants["NESTED"], constants["COLUMNS"]
+    quant_type = "fp4" if " fp4 " in variant.name else "nf4"
+    options = {"blocksize": constants["QUANT_BLOCK"], "quant_type": quant_type, "compress_statistics": nested}
+    packed, state = skinny.weight(N, K, torch.float16, **options)
+    scales = {"absmax_ptr": state.absmax}
+    if nested:
+        scales = {
+            "absmax_ptr": state.state2.absmax,
+            "absmax_8bit_ptr": state.absmax,
+            "absmax_code_ptr": state.state2.code,
+            "absmax_offset_ptr": state.offset,
+        }
+    bias = torch.randn(N, device="cuda", dtype=torch.float16) if constants["HAS_BIAS"] else None
+    for M in (1, 4) if constants["PAIRED"] else (columns - 3, columns):
+        x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+        out = torch.full((M, N), torch.nan, device="cuda", dtype=torch.float16)
+        arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N, **scales}
+        kernel((triton.cdiv(N, variant.config.rows), 1, 1), arguments)
+        skinny.assert_accurate(out, x, packed, state, bias)

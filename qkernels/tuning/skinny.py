@@ -1,0 +1,102 @@
+"""Launch configurations of the fused product for few rows of x: pure functions of shape and compute capability.
+
+Room: tables as reviewed Python.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+CHUNK = 128  # k that a quad of lanes loads of a row at once
+# The most a program can have.
+SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+# Multiprocessors of a T4, an A100, an RTX 3090, an H100, an RTX 5090; others of their kind are counted as these.
+_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 120: 170}
+
+
+class SkinnyConfig(NamedTuple):
+    """Attributes:
+    columns: rows of x, M, that the kernel has room for: a multiple of 8.
+    tiles: tiles of 16 rows of W a warp.
+    row_warps: warps that share the rows of a program; the others share K.
+    num_warps: warps a program.
+    stride: bytes from one entry of the table to the next, for 32 copies of it: 256 (fewer instructions) or 128.
+    paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk.
+    turing: the instruction is sm_75's m16n8k8, else m16n8k16.
+    shared_bytes: shared memory of a program.
+    max_registers: registers a thread may use; None leaves it to ptxas.
+    """
+
+    columns: int
+    tiles: int
+    row_warps: int
+    num_warps: int
+    stride: int
+    paired: bool
+    turing: bool
+    shared_bytes: int
+    max_registers: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of W a program."""
+        return 16 * self.tiles * self.row_warps
+
+
+def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int, stride: int) -> int:
+    """Shared memory of a program: the table and two scales a row and chunk of K; later the sums, one a thread and
+    value.  Whole rows of one float32 a thread."""
+    scales = (-(-K // CHUNK) + 1) * (16 * tiles * row_warps * 8 + 8)
+    row = 4 * 32 * num_warps
+    return -(-max(256 * stride + scales, 4 * tiles * (columns // 8) * row) // row) * row
+
+
+# The most rows of x for which the fused product is taken.
+_LIMIT = {75: 32, 80: 32, 86: 32, 90: 32, 120: 32}
+
+# (tiles, row_warps, num_warps) by columns, from few rows a program to many.  Several small programs a multiprocessor
+# are faster than one large one: while one fills its table and waits for its first weights, another computes.
+_SHAPES = {
+    8: ((1, 1, 8), (2, 1, 8)),
+    16: ((1, 1, 8), (2, 1, 8)),
+    32: ((1, 1, 8), (2, 1, 8), (3, 2, 8)),
+}
+_STRIDE = 128
+
+
+def generation(sm: int) -> int:
+    """The newest GPU of the tables that `sm` is not older than; 0 where it is older than all."""
+    return max((known for known in _LIMIT if known <= sm), default=0)
+
+
+def skinny_limit(sm: int) -> int:
+    """The largest M."""
+    return _LIMIT.get(generation(sm), 0)
+
+
+@lru_cache(maxsize=4096)
+def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
+    """Configuration for x [M, K] and W [N, K].
+
+    Args:
+        M: 1 to `skinny_limit(sm)`.
+        sm: compute capability, 75 for 7.5.
+
+    Returns:
+        None where no program fits: N is below 16, or the scales of a whole row of W exceed shared memory.
+    """
+    known = generation(sm)
+    columns = next(columns for columns in _SHAPES if columns >= M)
+    best, best_rows = None, 0
+    for tiles, row_warps, num_warps in _SHAPES[columns]:
+        shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
+        config = SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
+        if config.rows > N or shared > SHARED_LIMIT_BYTES[known]:
+            continue
+        # Rows that the busiest multiprocessor computes; of equals the larger program, which reads x less often.
+        programs = -(-N // config.rows)
+        rows = -(-programs // _PROCESSORS[known]) * config.rows
+        if best is None or rows <= best_rows:
+            best, best_rows = config, rows
+    return best

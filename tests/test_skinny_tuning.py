@@ -1,0 +1,62 @@
+"""The table of the fused product: every configuration can be launched, and every shape has one or a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkernels
+from qkernels.dispatch import DEQUANTIZE, SKINNY
+from qkernels.tuning.skinny import SHARED_LIMIT_BYTES, generation, shared_bytes, skinny_config, skinny_limit
+
+SHAPES = [(16, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (11008, 4096), (28672, 8192), (8192, 28672)]
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_every_configuration_can_be_launched(N, K, sm):
+    for M in range(1, skinny_limit(sm) + 1):
+        config = skinny_config(M, N, K, sm)
+        assert config is not None
+        assert M <= config.columns <= 2 * max(M, 4)
+        assert config.rows <= N
+        assert config.num_warps % config.row_warps == 0
+        assert config.paired == (M <= 4)
+        assert config.turing == (sm < 80)
+        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps, config.stride)
+        assert used == config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
+
+
+def test_what_no_program_fits():
+    assert skinny_config(1, 15, 4096, 90) is None
+    assert skinny_config(1, 4096, 2**20, 90) is None
+    assert skinny_limit(70) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((1, 4096, 4096, torch.float32, (9, 0)), "no tensor cores for float32"),
+        ((1, 4096, 4096, torch.bfloat16, (7, 5)), "no tensor cores for bfloat16"),
+        ((0, 4096, 4096, torch.float16, (9, 0)), "M=0 is not in 1 to"),
+        ((4096, 4096, 4096, torch.float16, (9, 0)), "M=4096 is not in 1 to"),
+        ((1, 4096, 4096, torch.float16, (7, 0)), "M=1 is not in 1 to 0"),
+        ((1, 4096, 4100, torch.float16, (9, 0)), "K=4100"),
+        ((1, 15, 4096, torch.float16, (9, 0)), "N=15 is below 16"),
+    ],
+)
+def test_why_not(arguments, reason):
+    implementation, said = qkernels.explain(*arguments)
+    assert implementation == DEQUANTIZE
+    assert reason in said
+
+
+def test_why_not_for_small_blocks_or_backward():
+    assert "blocks of 32" in qkernels.explain(1, 4096, 4096, device=(9, 0), blocksize=32).reason
+    assert "forward" in qkernels.explain(1, 4096, 4096, device=(9, 0), backward=True).reason
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)])
+def test_few_rows_are_fused(capability):
+    for M in (1, 4, 5, 32):
+        assert qkernels.explain(M, 12288, 4096, torch.float16, capability).implementation == SKINNY
