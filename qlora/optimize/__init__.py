@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from qkernels.errors import UserError
 
 from . import bloom, llama
+from .decoding import GeneratingModel
+from .graphs import Graphs
 from .recompute import RECOMPUTE, RecomputedBlock
 
 __all__ = ["RECOMPUTE", "can_optimize", "optimize_model"]
@@ -32,6 +34,7 @@ def optimize_model(
     recompute: str = "block",
     kept_blocks: int = 0,
     offload: bool = False,
+    graphs: bool = True,
 ) -> _Module:
     """Make a language model faster and smaller in training and generation; what it computes stays the same.
 
@@ -51,6 +54,8 @@ def optimize_model(
             its input is kept), "parts" (what its attention part returned is kept as well) or "nothing".
         kept_blocks: so many of the last blocks recompute nothing, whatever `recompute` says.
         offload: what is kept for recomputation lies in pinned host memory.
+        graphs: on a GPU, Bloom's training step is replayed as CUDA graphs from the third batch of a size on, and so is
+            the step of `generate` with a static cache (all architectures).
 
     Returns:
         `model`.
@@ -79,6 +84,7 @@ def optimize_model(
         (norm, llama.NORMS),
         (activation and getattr(base.config, "hidden_act", None) == "silu", llama.MLPS),
         (True, llama.BLOCKS),
+        (True, llama.LANGUAGE_MODELS),
     ]
     for exchange in (exchange for wanted, exchange in exchanges if wanted):
         for module in [module for module in base.modules() if type(module) in exchange]:
@@ -88,6 +94,11 @@ def optimize_model(
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")
     if attention and not is_bloom:
         base.set_attn_implementation("sdpa")
+    for module in base.modules():
+        if isinstance(module, bloom.BloomModel):
+            module.graphs = Graphs() if graphs else None
+        if isinstance(module, GeneratingModel):
+            module.graphed_decoding = graphs
     for number, block in enumerate(blocks):
         if isinstance(block, RecomputedBlock):
             block.recompute = "nothing" if number >= len(blocks) - kept_blocks else recompute

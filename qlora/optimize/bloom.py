@@ -21,6 +21,8 @@ from qkernels.errors import UserError
 from .alibi import AttentionBias, alibi_attention, alibi_bias
 from .autocast import without_casts
 from .cache import CACHE
+from .decoding import GeneratingModel
+from .graphs import BUCKET, can_capture
 from .recompute import RecomputedBlock
 
 
@@ -64,7 +66,13 @@ class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
 
 
 class BloomModel(modeling_bloom.BloomModel):
-    """The transformer with one bias for all layers, without autocast's casts, and with packing."""
+    """The transformer with one bias for all layers, without autocast's casts, and with packing.
+
+    Attributes:
+        graphs: of the training step; None runs it launch by launch.
+    """
+
+    graphs: Any = None
 
     def forward(  # type: ignore[override]
         self,
@@ -93,7 +101,7 @@ class BloomModel(modeling_bloom.BloomModel):
                 got="True",
                 remedy="The fused attention never has the weights: load the model again and leave it as it is.",
             )
-        keep_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         use_cache = config.use_cache if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         cache = past_key_values if cache is None else cache
@@ -106,10 +114,13 @@ class BloomModel(modeling_bloom.BloomModel):
         with without_casts(embedded):
             hidden = self.word_embeddings_layernorm(embedded)
             bias = self._bias(hidden, cache, attention_mask, position_ids)
-            for block in self.h:
-                if keep_states:
-                    states.append(hidden)
-                hidden = block(hidden, bias, cache)
+            if self._is_for_graphs(hidden, bias, cache, keep_states, inputs_embeds):
+                hidden = self._graphed(hidden, bias)
+            else:
+                for block in self.h:
+                    if keep_states:
+                        states.append(hidden)
+                    hidden = block(hidden, bias, cache)
             hidden = self.ln_f(hidden)
         all_states = (*states, hidden) if keep_states else None
         if not return_dict:
@@ -117,6 +128,42 @@ class BloomModel(modeling_bloom.BloomModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden, hidden_states=all_states, **{CACHE: cache}
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `to`, `half` and the like end in."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _is_for_graphs(
+        self, hidden: Tensor, bias: AttentionBias, cache: Any, keep_states: bool, inputs_embeds: Tensor | None
+    ) -> bool:
+        first = (self.word_embeddings.weight, *self.word_embeddings_layernorm.parameters())
+        return (
+            self.graphs is not None
+            and bias.causal
+            and cache is None
+            and not keep_states
+            and inputs_embeds is None
+            and not any(parameter.requires_grad for parameter in first)
+            and can_capture(self.h, hidden)
+        )
+
+    def _graphed(self, hidden: Tensor, bias: AttentionBias) -> Tensor:
+        """The blocks by CUDA graphs: sequences padded at their end, where causality hides it."""
+        batch, length, _ = hidden.shape
+        padding = -length % BUCKET
+        values = bias.bias.expand(batch, -1, -1, -1)
+        if padding:
+            hidden = F.pad(hidden, (0, 0, 0, padding))
+            values = F.pad(values, (0, padding))
+
+        def run(hidden: Tensor, values: Tensor) -> Tensor:
+            for block in self.h:
+                hidden = block(hidden, AttentionBias(values, True))
+            return hidden
+
+        return self.graphs(run, self.h, hidden, values)[:, :length]
 
     def _bias(self, hidden: Tensor, cache: Any, attention_mask: Tensor | None, packed: Tensor | None) -> AttentionBias:
         queries = hidden.shape[1]
@@ -143,7 +190,7 @@ class BloomModel(modeling_bloom.BloomModel):
         )
 
 
-class BloomForCausalLM(modeling_bloom.BloomForCausalLM):
+class BloomForCausalLM(GeneratingModel, modeling_bloom.BloomForCausalLM):
     """Hands `position_ids` of packed texts down to the transformer, which transformers' own does not."""
 
     @functools.wraps(modeling_bloom.BloomForCausalLM.forward)  # `generate` reads the signature

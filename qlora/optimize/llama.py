@@ -16,6 +16,7 @@ from transformers.models.mistral import modeling_mistral
 
 from .autocast import without_casts
 from .cache import CACHE
+from .decoding import GeneratingModel
 from .recompute import RecomputedBlock
 from .swiglu import swiglu
 
@@ -91,10 +92,22 @@ class MistralDecoderLayer(Block, modeling_mistral.MistralDecoderLayer):
     """See `Block`."""
 
 
+class LlamaForCausalLM(GeneratingModel, modeling_llama.LlamaForCausalLM):
+    """See `GeneratingModel`."""
+
+
+class MistralForCausalLM(GeneratingModel, modeling_mistral.MistralForCausalLM):
+    """See `GeneratingModel`."""
+
+
 NORMS = {modeling_llama.LlamaRMSNorm: LlamaRMSNorm, modeling_mistral.MistralRMSNorm: MistralRMSNorm}
 MLPS = {modeling_llama.LlamaMLP: LlamaMLP, modeling_mistral.MistralMLP: MistralMLP}
 BLOCKS = {
     modeling_llama.LlamaDecoderLayer: LlamaDecoderLayer,
     modeling_mistral.MistralDecoderLayer: MistralDecoderLayer,
+}
+LANGUAGE_MODELS = {
+    modeling_llama.LlamaForCausalLM: LlamaForCausalLM,
+    modeling_mistral.MistralForCausalLM: MistralForCausalLM,
 }
 MODELS = (modeling_llama.LlamaModel, modeling_mistral.MistralModel)
