@@ -86,6 +86,7 @@ def _jobs(options: argparse.Namespace, device: str, checkpoint: Path, work: Path
             yardstick=str(work / f"yardstick-{precision}.safetensors"),
             folder=str(work / f"{number}"),
             cases=_cases(options),
+            new_tokens=options.new_tokens,
         )
         for number, (precision, provider) in enumerate((p, q) for p in precisions for q in options.stacks)
     ]
@@ -110,7 +111,11 @@ def _precisions(device: str) -> tuple[str, ...]:
 
 
 def _print(row: report.Row, elapsed_s: float) -> None:
-    result = row["reason"] if row["status"] == "failed" else f"{row['tokens_per_s']:,.0f} tokens/s"
+    result = (
+        row["reason"]
+        if row["status"] == "failed"
+        else f"{row.get('tokens_per_s', row.get('tokens_per_s_1')):,.0f} tokens/s"
+    )
     print(f"{elapsed_s:5.0f} s  {row['stack']} {row['precision']} {row['name']}: {result}", flush=True)
 
 
@@ -123,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", nargs="*", default=["1x128", "4x512", "8x512"], help="BATCHxLENGTH, synthetic")
     parser.add_argument("--steps", type=int, default=8, help="measured steps at each fixed length")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--new-tokens", type=int, default=64, help="to generate at the end; 0: none")
     parser.add_argument("--limit", type=float, default=510, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--limit-each", type=float, default=140, help="seconds for one stack (default: %(default)s)")
     return parser

@@ -7,7 +7,7 @@ steps, tokens) is the same for all.  A stack that cannot do a case fails it: not
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,12 +40,16 @@ class Provider:
     load: (checkpoint folder, dtype, "cpu" or "cuda:0") -> the model in 4 bits on the device.
     adapt: model -> the model with adapters.
     trainer: (model, tokenizer, dataset, common training arguments) -> a trainer ready for `train()`.
+    is_quantized: the linear layers are in 4 bits; without, the stack shows what quantization costs, and no gate holds.
+    generation: what `generate` is called with besides, as the stack's documentation would have it.
     """
 
     is_yardstick: bool
     load: Callable[[str, torch.dtype, str], PreTrainedModel]
     adapt: Callable[[PreTrainedModel], PeftModel]
     trainer: Callable[[PeftModel, PreTrainedTokenizerBase, Dataset, dict[str, Any]], Trainer]
+    is_quantized: bool = True
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def lora_config() -> LoraConfig:
@@ -96,6 +100,14 @@ def _load_bitsandbytes(checkpoint: str, dtype: torch.dtype, device: str) -> PreT
     )
 
 
+def _load_16bit(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map={"": device})
+
+
+def _adapt_16bit(model: PreTrainedModel) -> PeftModel:
+    return get_peft_model(prepare_model_for_training(model), lora_config())  # frozen, and checkpointing on
+
+
 def _adapt(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(model, lora_config())
 
@@ -136,6 +148,7 @@ def _sft_trainer(
 
 PROVIDERS = {
     "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
-    "qlora": Provider(False, _load_qlora, _adapt_qlora, _qlora_trainer),
+    "qlora": Provider(False, _load_qlora, _adapt_qlora, _qlora_trainer, generation={"cache_implementation": "static"}),
     "trl+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt, _sft_trainer),
+    "transformers+peft, not quantized": Provider(False, _load_16bit, _adapt_16bit, _plain_trainer, is_quantized=False),
 }

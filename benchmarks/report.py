@@ -18,22 +18,25 @@ from .processes import Outcome
 Row = dict[str, Any]
 
 RECIPE = "recipe"
+GENERATE = "generate"
 
 
 def rows_of(job: Job, outcome: Outcome, common: Row) -> list[Row]:
     """One row for each finished case, and one more for a failure.  `common` goes into each."""
     base = {**common, "stack": job.provider, "precision": job.precision}
-    cases = []
+    cases, after = [], []
     for phase in outcome.phases:
         fields = {key: value for key, value in phase.items() if key != "phase"}
         if phase["phase"] == "case":
             cases.append(fields)
+        elif phase["phase"] == GENERATE:
+            after.append({**fields, "name": GENERATE})
         else:
             renamed = {f"{phase['phase']}_{key}" if key in _PER_PHASE else key: v for key, v in fields.items()}
             base |= renamed
     if "load_seconds" in base:
         base["load_gbps"] = base["checkpoint_bytes"] / base["load_seconds"] / 1e9
-    rows = [{**base, **case, "status": "ok"} for case in cases]
+    rows = [{**base, **case, "status": "ok"} for case in (*cases, *after)]
     if outcome.failure is not None:
         failed_in = outcome.failed_in
         if failed_in == "case":
@@ -104,7 +107,9 @@ def markdown(rows: list[Row], source: str) -> str:
         "## The tutorial's recipe",
         _table(_RECIPE_COLUMNS, [row for row in done if row["name"] == RECIPE]),
         "## Fixed lengths",
-        _table(_LENGTH_COLUMNS, [row for row in done if row["name"] != RECIPE]),
+        _table(_LENGTH_COLUMNS, [row for row in done if row["name"] not in (RECIPE, GENERATE)]),
+        "## Generating with the adapter",
+        _table(_GENERATE_COLUMNS, [row for row in done if row["name"] == GENERATE]),
         "## What failed",
         _table(_FAILURE_COLUMNS, [row for row in rows if row["status"] != "ok"]),
     ]
@@ -172,6 +177,14 @@ _RECIPE_COLUMNS = [
     ("mean", _number("mean_loss", 3)),
 ]
 _LENGTH_COLUMNS = [*_STACK, ("batch", _text("batch")), ("length", _text("length")), *_SPEED]
+_GENERATE_COLUMNS = [
+    *_STACK,
+    ("new tokens", _text("new_tokens")),
+    ("settings", _text("generation")),
+    ("1 prompt, tokens/s", _number("tokens_per_s_1", 1)),
+    ("8 prompts, tokens/s", _number("tokens_per_s_8", 1)),
+    ("GPU peak allocated, GiB", _number("gpu_peak_allocated_gib", 2)),
+]
 _FAILURE_COLUMNS = [*_STACK, ("in", _text("name")), ("reason", _text("reason"))]
 
 

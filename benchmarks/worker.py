@@ -28,6 +28,9 @@ from . import data, gate
 from .jobs import Case, Job
 from .providers import DTYPES, PROVIDERS, training_arguments
 
+GENERATE_BATCHES = (1, 8)
+PROMPT_TOKENS = 32
+
 
 class StepClock(TrainerCallback):
     """Wall time of each step, the device's work included, from the end of one to the end of the next; and its loss."""
@@ -83,7 +86,7 @@ def run(job: Job) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
     prompts = data.prompt_dataset(tokenizer, json.loads(Path(job.prompts).read_text(encoding="utf-8")))
     with _phase(job, "gate") as record:
-        packed, scales = gate.sample_weights(base)
+        packed, scales = gate.sample_weights(base) if provider.is_quantized else ({}, {})
         model = provider.adapt(base)
         model.train()
         first = tokenizer.pad(prompts[: job.cases[0].batch], return_tensors="pt").to(job.device)
@@ -100,6 +103,9 @@ def run(job: Job) -> None:
         with _phase(job, "case") as record:
             record |= asdict(case)
             record |= _train(job, case, model, tokenizer, dataset)
+    if job.new_tokens:
+        with _phase(job, "generate") as record:
+            record |= _generate(job, model)
 
 
 def _constrain(job: Job) -> None:
@@ -141,6 +147,8 @@ def _append(path: str, line: dict[str, Any]) -> None:
 
 def _held_against_yardstick(sample: gate.Sample, job: Job) -> dict[str, Any]:
     """Only bitsandbytes makes a yardstick, so nothing is ever its own judge but the first such stack."""
+    if not PROVIDERS[job.provider].is_quantized:
+        return {"gate": "not quantized"}
     path = Path(job.yardstick)
     if path.exists():
         return {"gate": "passed", **gate.compare(sample, gate.Sample.load(path), job.precision)}
@@ -177,6 +185,34 @@ def _train(
         "mean_loss": statistics.fmean(clock.losses),
         "losses": clock.losses,
     }
+
+
+@torch.no_grad()
+def _generate(job: Job, model: PeftModel) -> dict[str, Any]:
+    """Greedy decoding of one prompt and of eight: new tokens over wall time with prefill, in the second call."""
+    settings = PROVIDERS[job.provider].generation
+    result: dict[str, Any] = {"new_tokens": job.new_tokens, "generation": settings}
+    model.eval()
+    for batch in GENERATE_BATCHES:
+        ids = torch.randint(
+            4, model.config.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
+        )
+        ids = ids.to(job.device)
+        for _ in range(2):
+            begin = time.perf_counter()
+            tokens = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=job.new_tokens,
+                min_new_tokens=job.new_tokens,
+                do_sample=False,
+                pad_token_id=3,
+                **settings,
+            )
+            count = (tokens.shape[1] - PROMPT_TOKENS) * batch
+            tokens.tolist()  # waits for the device
+            result[f"tokens_per_s_{batch}"] = count / (time.perf_counter() - begin)
+    return result
 
 
 if __name__ == "__main__":
