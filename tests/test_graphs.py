@@ -7,27 +7,33 @@ import gc
 
 import pytest
 import torch
+from models import tiny_model, tokens
 from torch import nn
 
+from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
 from qlora.optimize import graphs as graphs_module
+from qlora.optimize import llama
 from qlora.optimize.graphs import Graphs
 
 
 class Pretended:
     """Stands for `BlocksGraph`: runs at once, and keeps autograd's graph for the backward pass."""
 
-    def __init__(self, run, inputs, parameters, flat, pool):
+    def __init__(self, run, hidden, others, parameters, flat, pool):
         self.run, self.parameters = run, parameters
         assert flat.numel() == sum(parameter.numel() for parameter in parameters)
 
-    def forward(self, inputs):
+    def forward(self, hidden, others):
+        self.hidden = hidden.detach().requires_grad_(hidden.requires_grad)
         with torch.enable_grad():
-            self.out = self.run(*inputs)
+            self.out = self.run(self.hidden, *others)
         return self.out.detach().clone()
 
     def backward(self, grad):
-        return torch.autograd.grad(self.out, self.parameters, grad)
+        needed = [*self.parameters, *([self.hidden] if self.hidden.requires_grad else [])]
+        grads = torch.autograd.grad(self.out, needed, grad)
+        return (grads[-1] if self.hidden.requires_grad else None), grads[: len(self.parameters)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +76,20 @@ def test_the_second_step_of_a_shape_is_captured_and_equal(blocks):
     assert len(graphs) == 1
     step(graphs, blocks, length=5)
     assert len(graphs) == 2
+
+
+def test_the_gradient_flows_on_to_what_comes_before(blocks):
+    graphs = Graphs()
+    scale = torch.tensor(1.5, requires_grad=True)
+
+    def gradient():
+        hidden = torch.ones(2, 3, 4) * scale
+        return torch.autograd.grad(graphs(lambda x: blocks[1](blocks[0](x)), blocks, hidden).sum(), scale)[0]
+
+    first = gradient()
+    assert torch.equal(gradient(), first)
+    assert len(graphs) == 1
+    assert first != 0
 
 
 def test_no_more_than_so_many(blocks, monkeypatch):
@@ -171,3 +191,43 @@ def test_a_copy_begins_without_graphs(blocks):
     assert len(copy.deepcopy(graphs)) == 0
     graphs.forget()
     assert len(graphs) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_is_captured_of_llama_is_its_blocks(family, side, checkpointing, monkeypatch):
+    """Padded to a bucket, with the padding's mask."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    if side is not None:
+        mask[1, slice(3) if side == "left" else slice(6, None)] = 0
+    real = mask[:, :, None].float()
+
+    def gradients(by_graph):
+        seen = []
+        monkeypatch.setattr(llama, "can_capture", lambda *_: by_graph)
+        monkeypatch.setattr(
+            Graphs, "__call__", lambda self, run, blocks, *inputs: (seen.append(inputs), run(*inputs))[1]
+        )
+        model = prepare_model_for_training(optimize_model(tiny_model(family)), checkpointing).train()
+        model.model.layers.requires_grad_(True)
+        out = model.model(tokens(), attention_mask=mask, use_cache=False).last_hidden_state
+        (out * real).square().sum().backward()
+        assert [inputs[0].shape for inputs in seen] == [(2, 64, 48)] * by_graph
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found, expected = gradients(True), gradients(False)
+    assert found.keys() == expected.keys()
+    assert found
+    for name, grad in found.items():
+        assert grad.isfinite().all()
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_slice_of_all_blocks_is_one_and_others_are_as_ever():
+    layers = optimize_model(tiny_model("llama")).model.layers
+    assert len(layers[:2]) == 1
+    assert list(layers[:1]) == [layers[0]]
+    assert list(layers) == [layers[0], layers[1]]
+    layers = optimize_model(tiny_model("llama"), graphs=False).model.layers
+    assert list(layers[:2]) == [layers[0], layers[1]]

@@ -54,8 +54,8 @@ def optimize_model(
             its input is kept), "parts" (what its attention part returned is kept as well) or "nothing".
         kept_blocks: so many of the last blocks recompute nothing, whatever `recompute` says.
         offload: what is kept for recomputation lies in pinned host memory.
-        graphs: on a GPU, Bloom's training step is replayed as CUDA graphs from the third batch of a size on, and so is
-            the step of `generate` with a static cache (all architectures).
+        graphs: on a GPU, the blocks' part of a training step is replayed as CUDA graphs from the second batch of a size
+            on, and the step of `generate` likewise where it has a static cache.
 
     Returns:
         `model`.
@@ -97,6 +97,10 @@ def optimize_model(
     for module in base.modules():
         if isinstance(module, bloom.BloomModel):
             module.graphs = Graphs() if graphs else None
+        if isinstance(module, llama.MODELS):
+            layers: Any = module.layers
+            layers.__class__ = llama.Blocks
+            layers.graphs = Graphs() if graphs else None
         if isinstance(module, GeneratingModel):
             module.graphed_decoding = graphs
     for number, block in enumerate(blocks):

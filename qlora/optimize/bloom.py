@@ -114,7 +114,7 @@ class BloomModel(modeling_bloom.BloomModel):
         with without_casts(embedded):
             hidden = self.word_embeddings_layernorm(embedded)
             bias = self._bias(hidden, cache, attention_mask, position_ids)
-            if self._is_for_graphs(hidden, bias, cache, keep_states, inputs_embeds):
+            if self._is_for_graphs(hidden, bias, cache, keep_states):
                 hidden = self._graphed(hidden, bias)
             else:
                 for block in self.h:
@@ -135,19 +135,9 @@ class BloomModel(modeling_bloom.BloomModel):
             self.graphs.forget()
         return super()._apply(*args, **kwargs)
 
-    def _is_for_graphs(
-        self, hidden: Tensor, bias: AttentionBias, cache: Any, keep_states: bool, inputs_embeds: Tensor | None
-    ) -> bool:
-        first = (self.word_embeddings.weight, *self.word_embeddings_layernorm.parameters())
-        return (
-            self.graphs is not None
-            and bias.causal
-            and cache is None
-            and not keep_states
-            and inputs_embeds is None
-            and not any(parameter.requires_grad for parameter in first)
-            and can_capture(self.h, hidden)
-        )
+    def _is_for_graphs(self, hidden: Tensor, bias: AttentionBias, cache: Any, keep_states: bool) -> bool:
+        is_plain = bias.causal and cache is None and not keep_states
+        return self.graphs is not None and is_plain and can_capture(self.h, hidden)
 
     def _graphed(self, hidden: Tensor, bias: AttentionBias) -> Tensor:
         """The blocks by CUDA graphs: sequences padded at their end, where causality hides it."""

@@ -39,50 +39,64 @@ class BlocksGraph:
     """The two graphs of one shape.
 
     Args:
-        run: (hidden, *inputs) -> hidden.
-        inputs: tensors of the shapes and dtypes of every later call: hidden, and what `run` takes beside it.
+        run: (hidden, *others) -> hidden.
+        hidden: [batch, T, hidden size], as of every later call; the gradient flows to it if it requires one.
+        others: tensors that `run` takes beside it, likewise; no gradient flows to them.
         parameters: the trainable ones that `run` uses.
         flat: float32, for the gradients of all of them.
         pool: of `torch.cuda.graph_pool_handle`.
     """
 
     def __init__(
-        self, run: Run, inputs: tuple[Tensor, ...], parameters: list[nn.Parameter], flat: Tensor, pool: Any
+        self,
+        run: Run,
+        hidden: Tensor,
+        others: tuple[Tensor, ...],
+        parameters: list[nn.Parameter],
+        flat: Tensor,
+        pool: Any,
     ) -> None:
-        self.inputs = [tensor.detach().clone() for tensor in inputs]
-        self.flat = flat
+        self._hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        self._others = [tensor.detach().clone() for tensor in others]
+        self._flat = flat
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: the data loader's threads may do as they like meanwhile.
         with torch.enable_grad(), torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
-            out = run(*self.inputs)
-        self.out = out.detach()
-        self.grad_out = torch.empty_like(self.out)
+            out = run(self._hidden, *self._others)
+        self._out = out.detach()
+        self._grad_out = torch.empty_like(self._out)
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            grads = torch.autograd.grad(out, parameters, self.grad_out)
-            torch.cat([grad.reshape(-1) for grad in grads], out=flat)
+            grads = torch.autograd.grad(
+                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._grad_out
+            )
+            torch.cat([grad.reshape(-1) for grad in grads[: len(parameters)]], out=flat)
+        self._grad_hidden = grads[-1] if hidden.requires_grad else None
         self._shapes = [parameter.shape for parameter in parameters]
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, hidden: Tensor, others: tuple[Tensor, ...]) -> Tensor:
         """What `run` returns."""
-        for static, tensor in zip(self.inputs, inputs, strict=True):
+        for static, tensor in zip((self._hidden, *self._others), (hidden, *others), strict=True):
             static.copy_(tensor)
         self._forward.replay()
-        return self.out.clone()
+        return self._out.clone()
 
-    def backward(self, grad: Tensor) -> list[Tensor]:
-        """The parameters' gradients of the forward pass before."""
-        self.grad_out.copy_(grad)
+    def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of hidden and of the parameters, of the forward pass before."""
+        self._grad_out.copy_(grad)
         self._backward.replay()
-        parts = self.flat.clone().split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        parts = self._flat.clone().split([shape.numel() for shape in self._shapes])
+        grads = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return None if self._grad_hidden is None else self._grad_hidden.clone(), grads
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphs: Graphs, graph: BlocksGraph, inputs: tuple[Tensor, ...], *parameters: Any) -> Tensor:
+    def forward(
+        ctx: Any, graphs: Graphs, graph: BlocksGraph, hidden: Tensor, others: tuple[Tensor, ...], *parameters: Any
+    ) -> Tensor:
         ctx.graph, ctx.ticket = graph, _Ticket()
         graphs.waiting = weakref.ref(ctx.ticket)
-        return graph.forward(inputs)
+        return graph.forward(hidden, others)
 
     @staticmethod
     @once_differentiable
@@ -90,7 +104,8 @@ class _Replay(torch.autograd.Function):
         if ctx.ticket is None:
             raise RuntimeError("a step by CUDA graphs has one backward pass: call optimize_model with graphs=False")
         ctx.ticket = None
-        return (None, None, None, *ctx.graph.backward(grads[0]))
+        grad_hidden, gradients = ctx.graph.backward(grads[0])
+        return (None, None, grad_hidden, None, *gradients)
 
 
 class _Blocks:
@@ -164,31 +179,32 @@ class Graphs:
         """Shapes that have a graph."""
         return len(self._graphs)
 
-    def __call__(self, run: Run, blocks: nn.Module, *inputs: Tensor) -> Tensor:
-        """run(*inputs), by a graph where there is one for these shapes.
+    def __call__(self, run: Run, blocks: nn.Module, hidden: Tensor, *others: Tensor) -> Tensor:
+        """run(hidden, *others), by a graph where there is one for these shapes.
 
         Args:
-            run: as in `BlocksGraph`; the gradient flows to the blocks' parameters only.
+            run, hidden, others: as in `BlocksGraph`.
             blocks: whose modules and parameters `run` uses.
         """
         if self._blocks is None or not self._blocks.unchanged():
             self.forget()
             self._blocks = _Blocks(blocks)
         if self.waiting() is not None or not self._blocks.can_capture or self._blocks.listened_to():
-            return run(*inputs)
-        trained, key = self._blocks.trained, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+            return run(hidden, *others)
+        trained = self._blocks.trained
+        key = (hidden.requires_grad, *((tensor.shape, tensor.dtype) for tensor in (hidden, *others)))
         graph = self._graphs.get(key)
         if graph is None:
             # A shape's first step runs as ever: kernels are compiled, and one that never comes again costs nothing.
             is_first = key not in self._seen
             self._seen.add(key)
             if is_first or len(self) >= MOST_GRAPHS:
-                return run(*inputs)
+                return run(hidden, *others)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             if self._flat is None:
-                self._flat = torch.empty(sum(map(Tensor.numel, trained)), device=inputs[0].device)
-            graph = self._graphs[key] = BlocksGraph(run, inputs, trained, self._flat, self._pool)
-        return _Replay.apply(self, graph, inputs, *trained)
+                self._flat = torch.empty(sum(map(Tensor.numel, trained)), device=hidden.device)
+            graph = self._graphs[key] = BlocksGraph(run, hidden, others, trained, self._flat, self._pool)
+        return _Replay.apply(self, graph, hidden, others, *trained)
 
 
 def can_capture(blocks: nn.Module, hidden: Tensor) -> bool:

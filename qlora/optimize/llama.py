@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -17,6 +18,7 @@ from transformers.models.mistral import modeling_mistral
 from .autocast import without_casts
 from .cache import CACHE
 from .decoding import GeneratingModel
+from .graphs import BUCKET, Graphs, can_capture
 from .recompute import RecomputedBlock
 from .swiglu import swiglu
 
@@ -66,6 +68,65 @@ class Block(RecomputedBlock):
 
     def _mlp_part(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Blocks(nn.ModuleList):
+    """A model's list of blocks, whose training step is CUDA graphs where `graphs` says so.
+
+    The model takes all blocks as a slice and runs one after the other; then the slice is one callable for all of them.
+
+    Attributes:
+        graphs: of the training step; None runs it launch by launch.
+    """
+
+    graphs: Graphs | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        is_all = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
+        return [self._all] if is_all and self.graphs is not None else super().__getitem__(index)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self.graphs is not None:
+            self.graphs.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _all(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        inputs = self._inputs(hidden, kwargs)
+        if inputs is None:
+            for block in self:
+                hidden = block(hidden, **kwargs)
+            return hidden
+
+        def run(hidden: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None = None) -> Tensor:
+            for block in self:
+                hidden = block(hidden, position_embeddings=(cosine, sine), attention_mask=mask)
+            return hidden
+
+        assert self.graphs is not None
+        return self.graphs(run, self, *inputs)[:, : hidden.shape[1]]
+
+    def _inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """What `run` takes, padded at the sequences' end, where causality hides it; None where it is not all.
+
+        Hidden states [batch, T, hidden size], cosine and sine [1 or batch, T, size], and perhaps a mask
+        [batch, 1, T, T], True where a query sees a key.
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        cosine, sine = given.pop("position_embeddings")
+        mask = given.pop("attention_mask", None)
+        given.pop("position_ids", None)  # for attention without a mask for packed texts; here the mask has them
+        if self[0].recomputes:
+            given.pop(CACHE, None)
+            given.pop("use_cache", None)
+        is_mask = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 4)
+        if given or not is_mask or not can_capture(self, hidden):
+            return None
+        padding = -hidden.shape[1] % BUCKET
+        hidden, cosine, sine = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (hidden, cosine, sine))
+        if mask is None:
+            return hidden, cosine, sine
+        # The queries of the padding see everything: softmax over nothing is not a number.
+        return hidden, cosine, sine, F.pad(F.pad(mask, (0, padding)), (0, 0, 0, padding), value=True)
 
 
 class LlamaRMSNorm(_Norm, modeling_llama.LlamaRMSNorm):

@@ -13,18 +13,25 @@ from qlora.optimize.recompute import RECOMPUTE
 pytestmark = pytest.mark.gpu
 
 
-def tuned(graphs: bool, dtype: torch.dtype = torch.float16, recompute: str = "block", dropout: float = 0.3):
-    model = quantize_model(tiny_model("bloom", hidden_size=64).to(dtype), NF4Config()).cuda()
+def tuned(
+    graphs: bool,
+    dtype: torch.dtype = torch.float16,
+    recompute: str = "block",
+    dropout: float = 0.3,
+    family: str = "bloom",
+):
+    model = quantize_model(tiny_model(family, hidden_size=64).to(dtype), NF4Config()).cuda()
     optimize_model(prepare_model_for_training(model), graphs=graphs, recompute=recompute)
     torch.manual_seed(4)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=TARGETS["bloom"], lora_dropout=dropout, init_lora_weights=False
+        task_type="CAUSAL_LM", r=4, target_modules=TARGETS[family], lora_dropout=dropout, init_lora_weights=False
     )
     return get_peft_model(model, config).train()
 
 
 def captured(model) -> int:
-    return len(model.get_base_model().transformer.graphs)
+    base = model.get_base_model().base_model
+    return len(getattr(base, "layers", base).graphs)
 
 
 def gradients(model, seed: int, rows: int = 2, length: int = 50, hidden_end: int = 7):
@@ -52,16 +59,17 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_captured_step_has_the_same_gradients(dropout, recompute, dtype):
-    by_graph, plain = (tuned(graphs, dtype, recompute, dropout) for graphs in (True, False))
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_captured_step_has_the_same_gradients(family, dropout, recompute, dtype):
+    by_graph, plain = (tuned(graphs, dtype, recompute, dropout, family) for graphs in (True, False))
     # What is dropped depends on an element's number, which padding changes: with dropout whole buckets only.
     lengths = (50, 50, 33, 64, 50, 60) if dropout == 0.0 else (64, 64, 64)
     for seed, length in enumerate(lengths):
         assert_near(gradients(by_graph, seed, 2, length), gradients(plain, seed, 2, length))
     for seed in range(3):
         assert_near(gradients(by_graph, seed, 1, 128), gradients(plain, seed, 1, 128))
+    # Llama has a mask, and with it another size, where a text is padded.
     assert captured(by_graph) == 2
-    assert plain.get_base_model().transformer.graphs is None
 
 
 def test_weights_that_change_are_seen():
@@ -85,6 +93,17 @@ def test_an_adapter_that_is_switched_off_is_noticed():
         without = model(input_ids=ids, labels=ids).loss
     assert (without - with_adapter).abs() > 1e-3
     torch.testing.assert_close(gradients(model, 0)[0], with_adapter)
+
+
+def test_an_embedding_that_is_trained_too():
+    by_graph, plain = tuned(True, dropout=0.0), tuned(False, dropout=0.0)
+    for model in (by_graph, plain):
+        model.get_base_model().transformer.word_embeddings.weight.requires_grad_(True)
+    for seed in range(3):
+        found, expected = gradients(by_graph, seed), gradients(plain, seed)
+        assert any("word_embeddings" in name for name in found[1])
+        assert_near(found, expected)
+    assert captured(by_graph) == 1
 
 
 def test_accumulated_gradients():
