@@ -16,8 +16,6 @@ from . import data, report
 from .checkpoint import ModelSize
 from .environment import ROOT, environment
 
-PROMPTS = ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv"
-
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
@@ -34,7 +32,7 @@ def add_data_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=PROMPTS,
+        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
         help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
     )
 

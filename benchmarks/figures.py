@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from qlora.checkpoint import atomic_file
 
-from . import plotting, throughput_figures
+from . import learning, plotting, throughput_figures
 from .environment import ROOT
 from .error import check, figures, records
 from .error.distributions import DISTRIBUTIONS
@@ -49,6 +49,7 @@ DRAWN = {
     "error-layers.png": Drawn("error-weights-*.csv", figures.layers, figures.is_of_layer),
     "error-outputs.png": Drawn("error-outputs-*.csv", figures.outputs, lambda row: True),
     "error-model.png": Drawn("error-model-*.csv", figures.model, lambda row: True),
+    "learning.png": Drawn("learning-*.csv", learning.curves, lambda row: True),
     "throughput-matmul.png": Drawn("*matmul*.csv", throughput_figures.matmul, throughput_figures.is_product),
 }
 DEFINED: dict[str, Callable[[], Figure]] = {"code-tables.png": figures.code_tables, "cosine.png": figures.cosine}

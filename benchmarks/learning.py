@@ -10,7 +10,6 @@ on NF4 (double quantization) and once on the weights as they are.  Runs on a CPU
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
@@ -36,7 +34,8 @@ from qlora.optimize import optimize_model
 from . import data
 from .command import add_data_flag, parser_of
 from .environment import environment
-from .report import Row, file_stem, write_csv
+from .plotting import picture, source_of
+from .report import Row, file_stem, read_csv, write_csv
 
 LEARNING_RATE = 1e-3
 BATCH = 4
@@ -98,10 +97,9 @@ def rows_of(weights: str, folder: str, device: str, options: argparse.Namespace)
                 yield {"weights": weights, "step": entry["step"], "kind": kind, "loss": entry[key]}
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def curves(rows: list[Row]) -> Figure:
     """The held-out losses, a curve for each kind of weights."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for weights, color in COLORS.items():
         curve = [row for row in rows if row["weights"] == weights and row["kind"] == "held out"]
@@ -112,12 +110,10 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     axes.set_title(f"{MODEL}: {rows[0]['held_out']} held-out prompts, {rows[0]['texts']} to train on")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+    return figure
 
 
-def summary(rows: list[dict[str, str]]) -> str:
+def summary(rows: list[Row]) -> str:
     """The held-out losses before and after, and how far they are apart."""
     ends: dict[str, tuple[float, float]] = {}
     for weights in COLORS:
@@ -142,11 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     print(summary(rows))
     if options.figure is not None:
-        draw(rows, options.figure)
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(options.figure) as partial:
+            partial.write_bytes(picture(lambda: curves(rows), source_of(path, rows)))
         print(f"written: {options.figure}")
     return 0
 

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from qlora.checkpoint import check_writable
 from qlora.demo import MODEL
 
 from . import data, error_page
-from .command import PROMPTS, parser_of
+from .command import add_data_flag, parser_of
 from .environment import environment
 from .error import check, model, outputs, records, weights
 from .error.distributions import DISTRIBUTIONS
@@ -161,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocksize", nargs="+", type=int, choices=BLOCKSIZES, default=list(BLOCKSIZES))
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="rows of x")
-    parser.add_argument("--data", type=Path, default=PROMPTS, help="CSV of the prompts (default: %(default)s)")
+    add_data_flag(parser)
     parser.add_argument("--texts", type=int, default=24, help="held-out prompts for --level model")
     return parser
 
