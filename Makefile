@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-interpreter test-gpu check format figures readme clean
+.PHONY: demo test test-interpreter test-gpu check format bench bench-compare bench-smoke figures readme clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/qlora demo
@@ -29,6 +29,21 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# On an NVIDIA GPU; elsewhere small sizes, as a trial.
+bench: $(VENV)/dev.stamp
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-json=build/bench.json
+
+# The kernels timed anew beside bitsandbytes, and their ratios held against the committed record of the same GPU.
+bench-compare: $(VENV)/dev.stamp
+	rm -rf build/bench
+	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out build/bench
+	$(BIN)/python -m benchmarks.compare build/bench/*.csv
+
+bench-smoke: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --all-rivals --smoke --out build/smoke
+	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
 
 # Figures, error page and README tables, from the records in benchmarks/results.
 figures: $(VENV)/dev.stamp

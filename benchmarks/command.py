@@ -95,6 +95,7 @@ def measure_to_csv(
     name: str,
     rows_on: Callable[[str], Iterator[report.Row]],
     line: Callable[[report.Row], str],
+    closing: Callable[[list[report.Row]], str] | None = None,
 ) -> int:
     """Measure, print a line a row, write a CSV; 0, or 2 where a measurement is asked for and there is no GPU.
 
@@ -102,6 +103,7 @@ def measure_to_csv(
         name: of the results.
         rows_on: the rows, measured on "cuda" or "cpu".
         line: a row as text.
+        closing: what to say of all rows at the end.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
@@ -113,5 +115,7 @@ def measure_to_csv(
     for row in rows_on(device):
         rows.append({**row, **common})
         print(line(row), flush=True)
+    if closing is not None:
+        print(closing(rows))
     print(f"written: {report.write_csv(stem, rows)}")
     return 0

@@ -21,12 +21,13 @@ from matplotlib.figure import Figure
 from qlora.checkpoint import atomic_file
 
 from . import learning, plotting, throughput_figures
+from .compare import RESULTS
 from .environment import ROOT
 from .error import check, figures, records
 from .error.distributions import DISTRIBUTIONS
 from .report import Row, read_csv
 
-RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+FIGURES = ROOT / "docs" / "figures"
 
 
 @dataclass(frozen=True)

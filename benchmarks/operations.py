@@ -5,8 +5,8 @@ A new operation is one function here or in `products.py`; a new rival is one ent
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -35,6 +35,7 @@ class Measured:
     """Attributes:
     bytes: the least that must be read and written once.
     providers: name -> a function that makes the call for one weight.
+    missing: name of a provider that cannot run here -> the reason.
     flops: of a product; 0 elsewhere.
     m: rows of activations of a product.
     """
@@ -43,6 +44,7 @@ class Measured:
     providers: dict[str, Provider]
     flops: int = 0
     m: int | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def stored_bytes(n: int) -> float:
@@ -75,7 +77,7 @@ def quantize(weight: torch.Tensor) -> Measured:
         "bitsandbytes": lambda w: lambda: bnb.quantize_4bit(w, **FORMAT),
     }
     if weight.is_cuda:  # on a CPU inductor would need a C++ compiler
-        compiled = _compiled(lambda w: qkernels.quantize_4bit(w, **FORMAT, check_finite=False))
+        compiled = compile_afresh(lambda w: qkernels.quantize_4bit(w, **FORMAT, check_finite=False))
         _must_be_equal("packed codes, compiled,", compiled(weight)[0], ours)
         providers["qkernels, in torch.compile"] = lambda w: lambda: compiled(w)
     return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
@@ -95,7 +97,7 @@ def dequantize(weight: torch.Tensor) -> Measured:
         "bitsandbytes": on_packed(bnb.quantize_4bit, bnb.dequantize_4bit),
     }
     if weight.is_cuda:
-        compiled = _compiled(lambda packed, state: qkernels.dequantize_4bit(packed, state))
+        compiled = compile_afresh(lambda packed, state: qkernels.dequantize_4bit(packed, state))
         _must_be_equal("decoded weights, compiled,", compiled(packed, state), ours)
         providers["qkernels, in torch.compile"] = on_packed(qkernels.quantize_4bit, compiled)
     return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
@@ -111,7 +113,7 @@ def copy(weight: torch.Tensor) -> Measured:
     return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled afresh: from the second shape on torch would make sizes dynamic, and after eight give up."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -17,10 +17,12 @@ from dataclasses import asdict
 import torch
 
 from .command import add_trial_flag, measure_to_csv, parser_of
+from .compare import AGAIN, OURS, noise
 from .modules import MODULES
-from .operations import OPERATIONS, SHAPES, Measured, copy
+from .operations import OPERATIONS, SHAPES, Measured, Provider, copy
 from .products import PRODUCTS
 from .report import Row
+from .rivals import with_rivals
 from .timing import Call, Timing, flushed, graph, host, wall
 
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
@@ -33,7 +35,7 @@ _WITH_ROWS = {**PRODUCTS, **MODULES}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write a CSV; 0, or 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
-    return measure_to_csv(options, "-".join(options.op), lambda device: _rows(options, device), _line)
+    return measure_to_csv(options, "-".join(options.op), lambda device: _rows(options, device), _line, _noise)
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
@@ -62,12 +64,16 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[
             yield op, OPERATIONS[op](weight)
         else:
             for m in options.m or ((1, 16) if options.smoke else ROWS):
-                yield op, _WITH_ROWS[op](weight, m)
+                measured = _WITH_ROWS[op](weight, m)
+                yield op, with_rivals(measured, weight) if options.all_rivals and op == "matmul" else measured
 
 
 def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterator[Row]:
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
-    for provider, make in measured.providers.items():
+    for provider, reason in measured.missing.items():
+        row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
+        yield {**row, **dict.fromkeys((*Timing.__dataclass_fields__, "gbps")), **sizes}
+    for provider, make in _timed(measured):
         calls = [make(weight) for weight in weights]
         for method in _methods(op, weights[0]):
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
@@ -79,6 +85,13 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterat
             timing = _time(method, calls)
             gbps = measured.bytes / timing.median_us / 1e3
             yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, **sizes}
+
+
+def _timed(measured: Measured) -> Iterator[tuple[str, Provider]]:
+    """Every provider, and ours once more at the end: how far the two are apart is the noise of the run."""
+    yield from measured.providers.items()
+    if OURS in measured.providers:
+        yield AGAIN, measured.providers[OURS]
 
 
 def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
@@ -104,6 +117,10 @@ def _not_capturable(provider: str, op: str) -> str | None:
     return None
 
 
+def _noise(rows: list[Row]) -> str:
+    return "noise, the same code timed twice: " + ", ".join(f"{how} {value:.1%}" for how, value in noise(rows).items())
+
+
 def _line(row: Row) -> str:
     shape = f"{row['rows']}x{row['columns']} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
     result = row["reason"]
@@ -112,7 +129,7 @@ def _line(row: Row) -> str:
             f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
             + (f"{row['percent_of_copy']:4.0f}% of copy" if row["percent_of_copy"] else "")
         )
-    return f"{row['op']:10} {shape:28} {row['method']:8} {row['provider']:35} {result}"
+    return f"{row['op']:10} {shape:28} {row['method'] or '':8} {row['provider']:35} {result}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         "--op", action="append", choices=[*OPERATIONS, *_WITH_ROWS], required=True, help="repeat it for several"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
+    parser.add_argument(
+        "--all-rivals", action="store_true", help="for matmul: torchao and torch.compile too, slow to set up"
+    )
     parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")
     return parser
 

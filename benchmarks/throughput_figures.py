@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
+from .compare import AGAIN
 from .plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, panels
 from .report import Row
 
@@ -35,7 +36,7 @@ def matmul(rows: list[Row]) -> Figure:
     figure, axes = panels(2, len(shapes), max(4, 2.6 * len(shapes)), 5.6, sharex=True, sharey="row")
     for column, shape in enumerate(shapes):
         those = [row for row in products if (row["rows"], row["columns"]) == shape]
-        for number, provider in enumerate(dict.fromkeys(row["provider"] for row in those)):
+        for number, provider in enumerate(dict.fromkeys(row["provider"] for row in those if row["provider"] != AGAIN)):
             line = sorted((row for row in those if row["provider"] == provider), key=lambda row: row["m"])
             color = COLORS.get(provider, OTHERS[number % len(OTHERS)])
             _line(axes[column], line, [row["median_us"] for row in line], color)

@@ -1,0 +1,113 @@
+"""Hold a run of `benchmarks.run` against the committed record: has anything become slower beside its rival?
+
+    python -m benchmarks.compare build/bench/matmul-....csv            # or: make bench-compare
+
+Times differ from machine to machine, so ratios are compared: a rival's time over ours in the same run, on the same
+inputs.  bitsandbytes is the rival; where it has no such row, the copy of the same weight.  A ratio may fall by twice
+the noise, which each run measures by timing the same code twice (rows "qkernels, again"); further, and it ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .environment import ROOT
+from .report import Row, read_csv
+
+RESULTS = ROOT / "benchmarks" / "results"
+OURS, AGAIN, RIVAL = "qkernels", "qkernels, again", "bitsandbytes"
+Case = tuple[object, ...]
+
+
+def ratios(rows: Iterable[Row]) -> dict[Case, float]:
+    """(op, rows, columns, dtype, M, method) -> the rival's time over ours."""
+    times = {(_case(row), row["provider"]): row["median_us"] for row in rows if row["status"] == "ok"}
+    found = {}
+    for (case, provider), ours in times.items():
+        if provider != OURS:
+            continue
+        names = [name for one, name in times if one == case and name.split(" ")[0] == RIVAL]
+        copy = times.get((("copy", *case[1:4], None, case[-1]), "torch"))
+        rival = times[case, names[0]] if names else copy
+        if rival is not None:
+            found[case] = rival / ours
+    return found
+
+
+def noise(rows: Iterable[Row]) -> dict[str, float]:
+    """Method -> what 19 of 20 repetitions of the same code differ by at most, relative; at least a hundredth."""
+    times = {(_case(row), row["provider"]): row["median_us"] for row in rows if row["status"] == "ok"}
+    differences: dict[str, list[float]] = {}
+    for (case, provider), again in times.items():
+        if provider == AGAIN:
+            differences.setdefault(str(case[-1]), []).append(abs(again / times[case, OURS] - 1))
+    return {method: max(0.01, float(np.quantile(values, 0.95))) for method, values in differences.items()}
+
+
+def compare(before: list[Row], after: list[Row]) -> tuple[list[str], bool]:
+    """A line for each case that both runs have, and whether none became slower beside its rival."""
+    old, new = ratios(before), ratios(after)
+    spread = [noise(before), noise(after)]
+    lines, fine = [], True
+    for case in [case for case in new if case in old]:
+        known = [one[case[-1]] for one in spread if case[-1] in one]
+        if not known:
+            lines.append(f"{_text(case)}: neither run measured its noise, not compared")
+            continue
+        change, allowed = new[case] / old[case] - 1, 2 * max(known)
+        slower = change < -allowed
+        fine &= not slower
+        verdict = "SLOWER" if slower else "faster" if change > allowed else "the same"
+        lines.append(f"{_text(case)}: {old[case]:.2f} -> {new[case]:.2f} times its rival ({change:+.1%}), {verdict}")
+    for name, one in zip(("the record", "this run"), spread, strict=True):
+        lines += [f"noise of {name}, {method}: {value:.1%}" for method, value in one.items()]
+    return lines, fine
+
+
+def record_for(rows: list[Row], results: Path) -> Path | None:
+    """The newest committed record that has a case in common with these rows, of the same GPU."""
+    cases = set(ratios(rows))
+    found = []
+    for path in results.glob("*.csv"):
+        known = read_csv(path)
+        if "provider" not in known[0] or "method" not in known[0] or known[0]["gpu"] != rows[0]["gpu"]:
+            continue
+        if cases & set(ratios(known)):
+            found.append((str(known[0]["date"]), path))
+    return max(found)[1] if found else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; 0, 1 where something became slower, 2 where there is nothing to compare with."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="CSV that benchmarks.run has just made")
+    parser.add_argument("--record", type=Path, help="the CSV to hold it against; default: the newest that fits")
+    options = parser.parse_args(arguments)
+    after = read_csv(options.run)
+    record = options.record or record_for(after, RESULTS)
+    if record is None:
+        print(f"error: no record in {RESULTS} has these cases on {after[0]['gpu'] or 'a CPU'}.", file=sys.stderr)
+        return 2
+    lines, fine = compare(read_csv(record), after)
+    print(f"{options.run.name} against {record.name}:", *lines, sep="\n  ")
+    return 0 if fine else 1
+
+
+def _case(row: Row) -> Case:
+    return (*(row[key] for key in ("op", "rows", "columns", "dtype", "m")), row["method"])
+
+
+def _text(case: Case) -> str:
+    op, rows, columns, dtype, m, method = case
+    return f"{op} {rows}x{columns} {dtype}" + (f" M={m}" if m else "") + f", {method}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The regression check on ratios, rivals that may be missing, and the throughput's figure and table."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
+
+import qkernels
+from benchmarks import compare, plotting, products, readme, rivals, run, throughput_figures
+from benchmarks.operations import FORMAT, GateError
+from benchmarks.report import read_csv, write_csv
+
+
+def rows_of(ours: float, theirs: float, again: float = 1.0, gpu: str = "GPU") -> list[dict]:
+    """A record of one product, of the copy and of quantize, which has no rival in a graph."""
+    base = {"rows": 64, "columns": 128, "dtype": "float16", "method": "graph", "status": "ok", "reason": None}
+    base |= {"gpu": gpu, "commit": "c" * 40, "dirty": False, "date": "2026-01-01", "processor": "CPU"}
+    times = [
+        ("copy", None, "torch", 10.0, 0),
+        *(("matmul", m, "qkernels", ours * m, m) for m in (1, 16)),
+        *(("matmul", m, "bitsandbytes", theirs * m, m) for m in (1, 16)),
+        *(("matmul", m, "torch", theirs * m, m) for m in (1, 16)),
+        *(("matmul", m, "qkernels, again", ours * again * m, m) for m in (1, 16)),
+        ("quantize", None, "qkernels", 20.0, 0),
+    ]
+    return [
+        base
+        | {"op": op, "m": m, "provider": provider, "median_us": us, "p20_us": 0.9 * us, "p80_us": 1.2 * us}
+        | {"bytes": 10000, "flops": 20000 * flops, "gbps": 10000 / us / 1e3}
+        for op, m, provider, us, flops in times
+    ]
+
+
+def test_only_what_became_slower_beside_its_rival_is_told():
+    before = rows_of(ours=10, theirs=20)
+    lines, fine = compare.compare(before, rows_of(ours=30, theirs=60))
+    assert fine  # a slower machine
+    assert sum("the same" in line for line in lines) == 3
+    lines, fine = compare.compare(before, rows_of(ours=11, theirs=20))
+    assert not fine
+    assert "matmul 64x128 float16 M=16, graph: 2.00 -> 1.82 times its rival (-9.1%), SLOWER" in lines
+    lines, fine = compare.compare(before, rows_of(ours=8, theirs=20))
+    assert fine
+    assert sum("faster" in line for line in lines) == 2
+
+
+def test_a_noisy_run_proves_less():
+    lines, fine = compare.compare(rows_of(10, 20), rows_of(11, 20, again=1.06))
+    assert fine
+    assert lines[-2:] == ["noise of the record, graph: 1.0%", "noise of this run, graph: 6.0%"]
+
+
+def test_quantize_is_held_against_the_copy():
+    assert compare.ratios(rows_of(10, 20))["quantize", 64, 128, "float16", None, "graph"] == 0.5
+
+
+def test_without_noise_nothing_is_judged():
+    rows = [row for row in rows_of(10, 20) if row["provider"] != compare.AGAIN]
+    lines, fine = compare.compare(rows, rows)
+    assert fine
+    assert all("not compared" in line for line in lines)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(compare, "RESULTS", results)
+    slow = write_csv(tmp_path / "slow", rows_of(11, 20))
+    assert compare.main([str(slow)]) == 2
+    write_csv(results / "other-gpu", rows_of(10, 20, gpu="another"))
+    assert compare.main([str(slow)]) == 2
+    write_csv(results / "matmul", rows_of(10, 20))
+    assert compare.main([str(slow)]) == 1
+    assert "slow.csv against matmul.csv" in capsys.readouterr().out
+    assert compare.main([str(write_csv(tmp_path / "equal", rows_of(10, 20)))]) == 0
+
+
+def test_a_run_times_the_same_code_twice_and_lists_who_is_missing(tmp_path, capsys):
+    flags = ["--op", "matmul", "--m", "3", "--dtype", "float32", "--smoke", "--all-rivals", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    (path,) = tmp_path.glob("matmul-*.csv")
+    rows = read_csv(path)
+    assert {row["provider"] for row in rows} >= {compare.OURS, compare.AGAIN, rivals.COMPILED, rivals.TORCHAO}
+    compiled = next(row for row in rows if row["provider"] == rivals.COMPILED)
+    assert (compiled["status"], compiled["median_us"]) == ("not run", None)
+    assert "C++ compiler" in compiled["reason"]
+    assert "noise, the same code timed twice: wall" in capsys.readouterr().out
+
+
+def test_plain_torch_decodes_as_the_library_does():
+    weight = 0.02 * torch.randn(64, 640)  # 640 scales: two and a half blocks of them
+    x = torch.randn(3, 640)
+    packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+    y = rivals.decode_and_multiply(x, packed.view(-1), state.code, *rivals._scales(state), weight.shape)
+    torch.testing.assert_close(y, x @ qkernels.dequantize_4bit(packed, state).t())
+
+
+def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch):
+    weight = torch.randn(64, 128)
+    monkeypatch.setattr(rivals, "_torchao", lambda x: lambda weight: lambda: 1.05 * (x @ weight.t()))
+    with pytest.raises(GateError, match="torchao, NF4Tensor differs from ours"):
+        rivals.with_rivals(products.matmul(weight, 2), weight)
+
+
+def test_a_rival_that_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
+    assert "not installed" in rivals._torchao(torch.randn(1, 128))
+
+
+def test_the_share_of_the_roofline():
+    rows = rows_of(ours=10, theirs=20)
+    one, many = (row for row in rows if row["provider"] == "qkernels" and row["op"] == "matmul")
+    # The copy moves 10,000 bytes in 10 us; torch's product does 20,000 FLOPs in 20 us.
+    assert throughput_figures.roofline_us(one | {"flops": 1}, rows) == pytest.approx(10)
+    assert throughput_figures.roofline_us(one, rows) == pytest.approx(20)
+    assert throughput_figures.roofline_us(many, rows) == pytest.approx(320)
+    picture = plotting.picture(lambda: throughput_figures.matmul(rows), "test")
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_readmes_table_of_products(tmp_path):
+    write_csv(tmp_path / "matmul-gpu", rows_of(10, 20))
+    text = readme.current("<!-- table: matmul -->\n<!-- end of table -->", tmp_path)
+    assert "| 16 | 160.0 | 320.0 | 320.0 | 2.00x |" in text
