@@ -27,8 +27,9 @@ from .timing import Call, Timing, flushed, graph, host, wall
 
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
 ROTATION = 8
-# Rows of activations: from one token to a batch of sequences.
+# Rows of activations: from one token to a batch of sequences; of a training step; of generating one token.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_ROWS_OF = {"lora": (128, 2048), "linear4bit": (1,)}
 _WITH_ROWS = {**PRODUCTS, **MODULES}
 
 
@@ -40,19 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     shapes = {"trial": ((64, 128),)} if options.smoke else SHAPES
+    measured_shapes: list[tuple[int, int]] = []
     for model, model_shapes in shapes.items():
         for shape in model_shapes:
+            if shape in measured_shapes:  # of an earlier model too
+                continue
+            measured_shapes.append(shape)
             for name in options.dtype:
                 weights = [
                     0.02 * torch.randn(shape, device=device, dtype=getattr(torch, name)) for _ in range(ROTATION)
                 ]
                 base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": name}
                 bandwidth: dict[str, float] = {}
-                for row in _measure("copy", copy(weights[0]), weights):
+                twice = len(measured_shapes) == 1
+                for row in _measure("copy", copy(weights[0]), weights, twice):
                     bandwidth[row["method"]] = row["gbps"]
                     yield {**base, **row, "percent_of_copy": 100.0}
                 for op, measured in _cases(options, weights[0]):
-                    for row in _measure(op, measured, weights):
+                    for row in _measure(op, measured, weights, twice):
                         known = bandwidth.get(row["method"])
                         share = 100 * row["gbps"] / known if known and row["status"] == "ok" else None
                         yield {**base, **row, "percent_of_copy": share}
@@ -63,17 +69,17 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[
         if op in OPERATIONS:
             yield op, OPERATIONS[op](weight)
         else:
-            for m in options.m or ((1, 16) if options.smoke else ROWS):
+            for m in options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS)):
                 measured = _WITH_ROWS[op](weight, m)
                 yield op, with_rivals(measured, weight) if options.all_rivals and op == "matmul" else measured
 
 
-def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterator[Row]:
+def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bool) -> Iterator[Row]:
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, reason in measured.missing.items():
         row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
         yield {**row, **dict.fromkeys((*Timing.__dataclass_fields__, "gbps")), **sizes}
-    for provider, make in _timed(measured):
+    for provider, make in _timed(measured, twice):
         calls = [make(weight) for weight in weights]
         for method in _methods(op, weights[0]):
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
@@ -87,10 +93,10 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor]) -> Iterat
             yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, **sizes}
 
 
-def _timed(measured: Measured) -> Iterator[tuple[str, Provider]]:
+def _timed(measured: Measured, twice: bool) -> Iterator[tuple[str, Provider]]:
     """Every provider, and ours once more at the end: how far the two are apart is the noise of the run."""
     yield from measured.providers.items()
-    if OURS in measured.providers:
+    if twice and OURS in measured.providers:
         yield AGAIN, measured.providers[OURS]
 
 
@@ -142,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-rivals", action="store_true", help="for matmul: torchao and torch.compile too, slow to set up"
     )
-    parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")
+    parser.add_argument(
+        "--m",
+        action="append",
+        type=int,
+        help="rows of activations; repeat it; default 1 to 4096, lora 128 and 2048, linear4bit 1",
+    )
     return parser
 
 

@@ -32,7 +32,7 @@ def flushed(call: Call) -> Timing:
     """Time one call at a time, each with a cold L2 cache."""
     from triton.testing import do_bench
 
-    p20, median, p80 = do_bench(call, warmup=25, rep=150, quantiles=[0.2, 0.5, 0.8])
+    p20, median, p80 = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
     return Timing(1e3 * median, 1e3 * p20, 1e3 * p80)
 
 
