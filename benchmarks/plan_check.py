@@ -36,15 +36,18 @@ from .command import add_model_flags, model_run, parser_of
 from .providers import DTYPES, PROVIDERS, training_arguments
 from .worker import StepClock
 
-# BATCHxLENGTH, what is recomputed, blocks that keep everything.
+# BATCHxLENGTH, what is recomputed, blocks that keep everything, CUDA graphs.
 CASES = (
-    ("1x128", "block", 0),
-    ("4x128", "block", 0),
-    ("4x512", "block", 0),
-    ("8x512", "block", 0),
-    ("4x512", "parts", 0),
-    ("4x512", "block", 10),
-    ("4x512", "nothing", 0),
+    ("1x128", "block", 0, True),
+    ("4x128", "block", 0, True),
+    ("4x512", "block", 0, True),
+    ("8x512", "block", 0, True),
+    ("4x512", "parts", 0, True),
+    ("4x512", "block", 10, True),
+    ("4x512", "nothing", 0, True),
+    ("1x128", "block", 0, False),
+    ("4x512", "block", 0, False),
+    ("4x512", "nothing", 0, False),
 )
 
 
@@ -78,11 +81,12 @@ def run(options: argparse.Namespace) -> Path:
         model = provider.adapt(base)
         shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments())
         rows = []
-        for size_name, recompute, kept in CASES:
+        for size_name, recompute, kept, graphs in CASES:
             batch, length = map(int, size_name.split("x"))
             kept = min(kept, shapes.layers)
-            optimize_model(base, recompute=recompute, kept_blocks=kept)
-            wanted = Run(batch, length, DTYPES[precision], recompute, kept, capability=find_gpu(None).capability)
+            optimize_model(base, recompute=recompute, kept_blocks=kept, graphs=graphs)
+            capability = find_gpu(None).capability
+            wanted = Run(batch, length, DTYPES[precision], recompute, kept, graphs, capability=capability)
             arguments = training_arguments(precision, device) | {
                 "output_dir": work,
                 "per_device_train_batch_size": batch,
@@ -105,11 +109,7 @@ def _measured(trainer: Any, device: str, warmup: int) -> report.Row:
     clock = StepClock(device)
     trainer.add_callback(clock)
     trainer.train()
-    row: report.Row = {"step_s": statistics.median(clock.step_s[warmup:])}
-    if device == "cuda":
-        row["gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        row["gpu_peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    return row
+    return {"step_s": statistics.median(clock.step_s[warmup:]), **clock.peaks_gib()}
 
 
 def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
@@ -119,6 +119,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
         "length": run.length,
         "recompute": run.recompute,
         "kept_blocks": run.kept_blocks,
+        "graphs": run.by_graphs,
         "predicted_allocated_gib": predicted.allocated / 2**30,
         "predicted_parts_gib": {part: getattr(predicted, part) / 2**30 for part in PARTS},
     }
@@ -132,7 +133,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
 
 
 _SHOWN = (
-    *("batch", "length", "recompute", "kept_blocks", "gpu_peak_allocated_gib", "predicted_allocated_gib"),
+    *("batch", "length", "recompute", "kept_blocks", "graphs", "gpu_peak_allocated_gib", "predicted_allocated_gib"),
     *("memory_error", "gpu_peak_reserved_gib", "step_s", "predicted_step_s"),
 )
 
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--steps", type=int, default=4, help="measured steps a case")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them: two, and one that captures graphs")
     return parser
 
 

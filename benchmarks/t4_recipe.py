@@ -92,7 +92,7 @@ def prediction(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, texts: list
     """
     lengths = sorted(min(len(row["input_ids"]), MAX_LENGTH) for row in data.prompt_dataset(tokenizer, texts))
     policy = choose_precision(capability=T4.capability)
-    longest = Run(BATCH, lengths[-1], policy.dtype, capability=_capability())
+    longest = Run(BATCH, lengths[-1], policy.dtype, graphs=False, capability=_capability())  # a T4 has none
     shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments())
     peak = plan(shapes, longest)
     mean = replace(longest, length=sum(lengths[BATCH - 1 :: BATCH]) // len(lengths[BATCH - 1 :: BATCH]))

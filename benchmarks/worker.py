@@ -24,6 +24,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
+from qlora.optimize.graphs import uncounted_bytes
+
 from . import data, gate
 from .jobs import Case, Job
 from .providers import DTYPES, PROVIDERS, training_arguments
@@ -33,10 +35,16 @@ PROMPT_TOKENS = 32
 
 
 class StepClock(TrainerCallback):
-    """Wall time of each step, the device's work included, from the end of one to the end of the next; and its loss."""
+    """Wall time of each step, the device's work included, from the end of one to the end of the next; and its loss.
+
+    And the GPU's peaks over the steps, in bytes: what is allocated, and beside it the memory that CUDA graphs work in,
+    which torch counts as reserved only.  In the step that captures a graph its memory still counts as allocated.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.peak_allocated = self.peak_reserved = 0
+        self._in_graphs = 0
         self.step_s: list[float] = []
         self.losses: list[float] = []
         self._last = 0.0
@@ -50,9 +58,21 @@ class StepClock(TrainerCallback):
         self._last = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self._now()
-        self.step_s.append(now - self._last)
-        self._last = now
+        self.step_s.append(self._now() - self._last)
+        if self.device == "cuda":
+            before, self._in_graphs = self._in_graphs, uncounted_bytes()
+            beside = self._in_graphs if self._in_graphs == before else 0
+            self.peak_allocated = max(self.peak_allocated, torch.cuda.max_memory_allocated() + beside)
+            self.peak_reserved = max(self.peak_reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+        self._last = self._now()
+
+    def peaks_gib(self) -> dict[str, float]:
+        """The columns of a row; none without a GPU."""
+        if self.device != "cuda":
+            return {}
+        peaks = {"allocated": self.peak_allocated, "reserved": self.peak_reserved}
+        return {f"gpu_peak_{kind}_gib": peak / 2**30 for kind, peak in peaks.items()}
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
@@ -134,8 +154,8 @@ def _phase(job: Job, name: str) -> Iterator[dict[str, Any]]:
     yield record
     if job.device == "cuda":
         torch.cuda.synchronize()
-        record["gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        record["gpu_peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        record.setdefault("gpu_peak_allocated_gib", torch.cuda.max_memory_allocated() / 2**30)
+        record.setdefault("gpu_peak_reserved_gib", torch.cuda.max_memory_reserved() / 2**30)
     record["end_s"] = time.monotonic()
     _append(job.record, record)
 
@@ -174,6 +194,7 @@ def _train(
     measured = slice(case.warmup_steps, case.steps)
     seconds = sum(clock.step_s[measured])
     return {
+        **clock.peaks_gib(),
         "train_s": sum(clock.step_s),
         "step_ms": 1e3 * statistics.median(clock.step_s[measured]),
         "tokens_per_s": sum(collator.tokens[measured]) / seconds,

@@ -15,13 +15,18 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from .optimize.graphs import uncounted_bytes
 from .units import GIB
 
 
 def peak_memory_gib() -> float:
-    """Most memory in use so far, in GiB: torch's on the GPU, or the process's resident memory without one."""
+    """Most memory in use so far, in GiB: torch's on the GPU, or the process's resident memory without one.
+
+    The memory that CUDA graphs work in is counted on top, though perhaps not all was in use at the same time.
+    """
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / GIB
+        most = torch.cuda.max_memory_allocated() + uncounted_bytes()
+        return min(most, torch.cuda.max_memory_reserved()) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 

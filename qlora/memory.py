@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .optimize.graphs import LEAST_CAPABILITY, MOST_TOKENS
 from .shapes import Shapes
 from .units import GIB, MIB
 
@@ -43,6 +44,7 @@ class Run:
         length: tokens a text.
         dtype: of activations and float weights.
         recompute, kept_blocks: as in `optimize_model`.
+        graphs: as in `optimize_model`; it counts where `by_graphs` says so.
         double_quantization: 8-bit scales; float32 ones otherwise.
         capability: of the GPU.
     """
@@ -52,12 +54,18 @@ class Run:
     dtype: torch.dtype
     recompute: str = "block"
     kept_blocks: int = 0
+    graphs: bool = True
     double_quantization: bool = True
-    capability: tuple[int, int] = (8, 0)
+    capability: tuple[int, int] = (7, 5)
 
     @property
     def tokens(self) -> int:
         return self.batch_size * self.length
+
+    @property
+    def by_graphs(self) -> bool:
+        """Whether the step is replayed as CUDA graphs."""
+        return self.graphs and self.capability >= LEAST_CAPABILITY and self.tokens <= MOST_TOKENS
 
     def recomputed_blocks(self, layers: int) -> int:
         """Of a model's `layers`, those that the backward pass computes again."""
@@ -77,6 +85,7 @@ class MemoryPlan:
         block: the block that is recomputed, or where that is more the hidden states around the loss.
         logits: the tile of logits; 0 where the recomputed block is the peak.
         decoded: the largest weight, decoded for its product; 0 where the loss is the peak.
+        graphs: what CUDA graphs copy, and their own workspaces.
         workspace: cuBLAS' own.
         context: the CUDA context.
     """
@@ -89,6 +98,7 @@ class MemoryPlan:
     block: int
     logits: int
     decoded: int
+    graphs: int
     workspace: int
     context: int
 
@@ -99,7 +109,7 @@ class MemoryPlan:
 
     @property
     def allocated(self) -> int:
-        """What torch counts as allocated: all but the CUDA context."""
+        """What torch's allocator has in use: all but the CUDA context."""
         return self.total - self.context
 
 
@@ -112,6 +122,7 @@ PARTS = {
     "block": "the block at work",
     "logits": "logits",
     "decoded": "largest weight, decoded",
+    "graphs": "CUDA graphs: copies",
     "workspace": "cuBLAS workspaces",
     "context": "CUDA context",
 }
@@ -121,7 +132,8 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     """Estimate the peak memory of a training step.
 
     There are two candidates: the loss, while everything kept is alive, and the first block of the backward pass that is
-    recomputed, when the blocks after it have given theirs back.
+    recomputed, when the blocks after it have given theirs back.  The graphs' memory is a pool of its own, beside which
+    the loss has its.
     """
     size = run.dtype.itemsize
     per_token = run.tokens * size
@@ -136,7 +148,19 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     tile = min(run.tokens, LOGIT_TOKENS) * min(shapes.vocabulary, LOGIT_TILE) * size
     working = max(shapes.working_width * per_token + decoded, shapes.transient_width * per_token)
     block = shapes.saved_width * per_token + scores if recomputed else 0.0
-    if inputs + block + working >= inputs + whole + around_loss + tile:
+    workspace = WORKSPACES * (32 if run.capability >= (9, 0) else 8) * MIB
+    copies = 0.0
+    if run.by_graphs:
+        # Hidden states, what the blocks return, and its gradient; the adapters' gradients, all in one.
+        copies = 3 * shapes.hidden * per_token + 4 * shapes.trainable + workspace
+        kept = inputs + (whole if whole > block else 0)
+        peak = {
+            "checkpoints": kept,
+            "block": (block if kept == inputs else 0) + working - decoded + around_loss,
+            "logits": tile,
+            "decoded": decoded,
+        }
+    elif inputs + block + working >= inputs + whole + around_loss + tile:
         # The kept blocks' activations are free again when the first recomputed one begins.
         peak = {"checkpoints": inputs, "block": block + working - decoded, "logits": 0, "decoded": decoded}
     elif whole and working > around_loss + tile:
@@ -148,7 +172,8 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
         kept=(shapes.parameters - shapes.quantized) * size,
         adapter=shapes.trainable * 8,
         optimizer=shapes.trainable * 8,
-        workspace=WORKSPACES * (32 if run.capability >= (9, 0) else 8) * MIB,
+        graphs=int(copies),
+        workspace=workspace,
         context=CUDA_CONTEXT_BYTES,
         **{name: int(value) for name, value in peak.items()},
     )

@@ -81,7 +81,7 @@ def report(shapes: Shapes, runs: Sequence[Run], gpu: Gpu) -> list[str]:
             ("  output layer and loss", "head"),
             ("  attention", "attention"),
             ("  the rest of the blocks", "rest"),
-            ("  host, beside the GPU", "host"),
+            ("  host", "host"),
             ("a step", "total"),
         ):
             lines.append(line(label, [f"{getattr(time, part):.3f}" for time in times]))

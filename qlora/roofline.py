@@ -12,24 +12,28 @@ from .gpus import Gpu
 from .memory import Run
 from .shapes import Shapes
 
-# What 16-bit products of 2,048 tokens and large copies reach of an H100's rated speed.
-PRODUCT_SHARE = 0.70
+# Shares of an H100's rated speed, by the profile of a Bloom-7B1 step of 4 x 512 tokens: products with decoded weights,
+# the loss with its products, large copies, and attention's kernel for a bias.
+PRODUCT_SHARE = 0.80
+HEAD_SHARE = 0.62
 BANDWIDTH_SHARE = 0.85
-# Attention's kernel for a bias reaches less of it: an estimate.
-ATTENTION_SHARE = 0.25
+ATTENTION_SHARE = 0.07
 # Elements a token that normalization, activation, adapters and residuals read and write in a block's forward pass, as a
-# multiple of what they save; the backward pass moves half as much again.
-TRAFFIC_FACTOR = 4.0
-# A block's forward pass on the host, with the adapters' Python, and its backward pass, in C++: estimates.
-HOST_FORWARD_S = 0.9e-3
-HOST_BACKWARD_S = 0.6e-3
+# multiple of what they save; the backward pass moves half as much again.  And what each of their kernels takes at best.
+TRAFFIC_FACTOR = 2.0
+SMALL_KERNELS, SMALL_KERNEL_S = 25, 2e-6
+# Seconds a block on the record's host: forward and backward, and recomputation with what torch's checkpointing does
+# around it.  With graphs only what lies around the blocks, the trainer above all, which is not beside the GPU's work.
+HOST_BLOCK_S = 3.1e-3
+HOST_AGAIN_S = 3.7e-3
+HOST_AROUND_S = 28e-3
 
 ASSUMPTIONS = (
     f"products at {PRODUCT_SHARE:.0%} and copies at {BANDWIDTH_SHARE:.0%} of the GPU's rated speed, as on an H100; a "
     "GPU that lowers its clock under load (a T4 does) is slower",
     "a weight is decoded to 16 bits in memory for each product, and read back by it",
-    "the host prepares a block in "
-    f"{HOST_FORWARD_S * 1e3:.1f} ms forward and {HOST_BACKWARD_S * 1e3:.1f} ms backward, beside the GPU's work",
+    f"with CUDA graphs the host takes {HOST_AROUND_S * 1e3:.0f} ms a step besides; without, it launches a block in "
+    f"{HOST_BLOCK_S * 1e3:.1f} ms, and {HOST_AGAIN_S * 1e3:.1f} ms more for recomputation, beside the GPU's work",
 )
 
 
@@ -39,11 +43,12 @@ class StepTime:
 
     Attributes:
         products: with 4-bit weights, recomputation included.
-        decode: writing decoded weights, and reading them.
+        decode: writing decoded weights.
         head: output layer and loss.
         attention: scores and their gradients.
         rest: what normalization, activation, adapters and residuals read and write.
-        host: launching all of it, which happens beside the GPU's work.
+        host: launching all of it beside the GPU's work; with graphs, what it does before and after them.
+        by_graphs: the host's part is one after the other with the GPU's.
     """
 
     products: float
@@ -52,6 +57,7 @@ class StepTime:
     attention: float
     rest: float
     host: float
+    by_graphs: bool
 
     @property
     def device(self) -> float:
@@ -60,8 +66,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The longer of the GPU's and the host's time."""
-        return max(self.device, self.host)
+        """With graphs the sum of the GPU's and the host's time, else the longer of the two."""
+        return self.device + self.host if self.by_graphs else max(self.device, self.host)
 
 
 def step_time(shapes: Shapes, run: Run, gpu: Gpu) -> StepTime | None:
@@ -80,11 +86,16 @@ def step_time(shapes: Shapes, run: Run, gpu: Gpu) -> StepTime | None:
     passes = 2 + blocks_again * (1 - left_out / shapes.quantized)
     attention_flops = 2 * run.tokens * run.length * shapes.hidden * shapes.layers  # a causal forward pass
     traffic = TRAFFIC_FACTOR * shapes.saved_width * shapes.layers * run.tokens * size
+    again = 1 + 1.5 + blocks_again
+    product = 2 * run.tokens / (flops * PRODUCT_SHARE)
+    head = 2 * run.tokens / (flops * HEAD_SHARE)
+    read = size / bandwidth  # of a weight, where that takes longer than its products
     return StepTime(
-        products=passes * 2 * shapes.quantized * run.tokens / (flops * PRODUCT_SHARE),
-        decode=passes * shapes.quantized * (0.5 + 1 / 64 + 2 * size) / bandwidth,
-        head=3 * 2 * shapes.vocabulary * shapes.hidden * run.tokens / (flops * PRODUCT_SHARE),
+        products=passes * shapes.quantized * max(product, read),
+        decode=passes * shapes.quantized * (0.5 + 1 / 64 + size) / bandwidth,
+        head=3 * shapes.vocabulary * shapes.hidden * max(head, read),
         attention=(1 + 2.5 + blocks_again) * attention_flops / (flops * ATTENTION_SHARE),
-        rest=(1 + 1.5 + blocks_again) * traffic / bandwidth,
-        host=shapes.layers * ((1 + blocks_again) * HOST_FORWARD_S + HOST_BACKWARD_S),
+        rest=again * (traffic / bandwidth + shapes.layers * SMALL_KERNELS * SMALL_KERNEL_S),
+        host=HOST_AROUND_S if run.by_graphs else shapes.layers * (HOST_BLOCK_S + blocks_again * HOST_AGAIN_S),
+        by_graphs=run.by_graphs,
     )

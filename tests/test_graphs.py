@@ -40,6 +40,7 @@ class Pretended:
 def _pretended(monkeypatch):
     monkeypatch.setattr(graphs_module, "BlocksGraph", Pretended)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
 
 
 @pytest.fixture

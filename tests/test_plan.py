@@ -97,8 +97,23 @@ def test_time_follows_work_and_speed(bloom):
     assert kept.products < step_time(bloom, replace(RUN, kept_blocks=15), h100).products < time.products
     # Nothing recomputed: two products with each weight, 2 operations each.
     flops = 2 * 2 * 6_039_797_760 * RUN.tokens
-    assert kept.products == pytest.approx(flops / (989e12 * 0.70))
+    assert kept.products == pytest.approx(flops / (989e12 * 0.80))
     assert step_time(bloom, RUN, find_gpu("24")) is None
+    # A few tokens take no less than reading the weights does.
+    few = replace(RUN, batch_size=1, length=8, recompute="nothing")
+    assert step_time(bloom, few, h100).products == pytest.approx(2 * 6_039_797_760 * 2 / (3350e9 * 0.85))
+
+
+def test_graphs_take_the_launches_off_the_host(bloom):
+    h100 = GPUS["h100"]
+    run = replace(RUN, length=32, capability=(9, 0))
+    by_graphs, launched = step_time(bloom, run, h100), step_time(bloom, replace(run, graphs=False), h100)
+    assert launched.total == launched.host > 2 * by_graphs.total
+    assert by_graphs.total == by_graphs.device + by_graphs.host
+    assert not replace(run, capability=(7, 5)).by_graphs
+    assert not replace(run, length=8192).by_graphs
+    more = plan(bloom, run).total - plan(bloom, replace(run, graphs=False)).total
+    assert 0 < more < 0.3 * GIB
 
 
 def test_kept_blocks_are_those_of_the_model(capsys):

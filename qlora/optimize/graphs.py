@@ -157,12 +157,16 @@ def _choices(module: Any) -> tuple[Any, ...]:
     return (module.disable_adapters, *module.active_adapters, *module.merged_adapters, *module.scaling.values())
 
 
+_ALL: weakref.WeakSet[Graphs] = weakref.WeakSet()
+
+
 class Graphs:
     """The graphs of one model's blocks, by shape.  A copy of the model begins without any."""
 
     def __init__(self) -> None:
         self.waiting: Callable[[], _Ticket | None] = lambda: None
         self.forget()
+        _ALL.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
@@ -174,6 +178,7 @@ class Graphs:
         self._graphs: dict[Any, BlocksGraph] = {}
         self._pool: Any = None
         self._flat: Any = None
+        self._uncounted = 0
 
     def __len__(self) -> int:
         """Shapes that have a graph."""
@@ -204,7 +209,18 @@ class Graphs:
             if self._flat is None:
                 self._flat = torch.empty(sum(map(Tensor.numel, trained)), device=hidden.device)
             graph = self._graphs[key] = BlocksGraph(run, hidden, others, trained, self._flat, self._pool)
+            self._uncounted = _uncounted_in(self._pool)
         return _Replay.apply(self, graph, hidden, others, *trained)
+
+
+def uncounted_bytes() -> int:
+    """Memory that the graphs of all models work in.  torch counts it as reserved, and as allocated only in part."""
+    return sum(graphs._uncounted for graphs in _ALL)
+
+
+def _uncounted_in(pool: Any) -> int:
+    segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] == pool]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
 def can_capture(blocks: nn.Module, hidden: Tensor) -> bool:
