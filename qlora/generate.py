@@ -45,6 +45,8 @@ def continue_prompts(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if generation.temperature:
         sampling = {"do_sample": True, "temperature": generation.temperature}
+    if batch["input_ids"].is_cuda and can_optimize(model):
+        sampling["cache_implementation"] = "static"  # with it a token is one launch: see optimize/decoding.py
     was_training = model.training
     model.eval()
     try:
