@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from .compare import AGAIN
 from .plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, panels
@@ -27,11 +28,12 @@ def is_product(row: Row) -> bool:
 
 
 def matmul(rows: list[Row]) -> Figure:
-    """For each shape the time and, below, the share of the roofline, one line a provider."""
+    """For each shape of the first model the time and, below, the share of the roofline, one line a provider."""
     method = next(one for one in METHODS if any(row["method"] == one for row in rows))
     dtype = rows[0]["dtype"]
     found = [row for row in rows if row["method"] == method and row["dtype"] == dtype]
     products = [row for row in found if is_product(row)]
+    products = [row for row in products if row["model"] == products[0]["model"]]
     shapes = sorted({(row["rows"], row["columns"]) for row in products})
     figure, axes = panels(2, len(shapes), max(4, 2.6 * len(shapes)), 5.6, sharex=True, sharey="row")
     for column, shape in enumerate(shapes):
@@ -44,10 +46,12 @@ def matmul(rows: list[Row]) -> Figure:
             _line(axes[len(shapes) + column], line, share, color)
         axes[column].set_title(f"{shape[0]} x {shape[1]}, {dtype}", loc="left")
         axes[column].set_yscale("log")
-        axes[len(shapes) + column].set_xscale("log", base=2)
+        axes[column].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes[len(shapes) + column].set_xscale("log", base=4)
+        axes[len(shapes) + column].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes[len(shapes) + column].set_xlabel("M, rows of activations")
-    axes[0].set_ylabel("µs a call (bars: 20th to 80th percentile)")
-    axes[len(shapes)].set_ylabel("% of the roofline")
+    axes[0].set_ylabel("µs a call (20th to 80th percentile)")
+    axes[len(shapes)].set_ylabel("% of the 4-bit product's roofline")
     axes[len(shapes)].set_ylim(0, 105)
     handles = {label: handle for handle, label in zip(*_legend(axes[: len(shapes)]), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=8)

@@ -18,7 +18,14 @@ from benchmarks.report import read_csv, write_csv
 def rows_of(ours: float, theirs: float, again: float = 1.0, gpu: str = "GPU") -> list[dict]:
     """A record of one product, of the copy and of quantize, which has no rival in a graph."""
     base = {"rows": 64, "columns": 128, "dtype": "float16", "method": "graph", "status": "ok", "reason": None}
-    base |= {"gpu": gpu, "commit": "c" * 40, "dirty": False, "date": "2026-01-01", "processor": "CPU"}
+    base |= {
+        "model": "bloom-7b1",
+        "gpu": gpu,
+        "commit": "c" * 40,
+        "dirty": False,
+        "date": "2026-01-01",
+        "processor": "CPU",
+    }
     times = [
         ("copy", None, "torch", 10.0, 0),
         *(("matmul", m, "qkernels", ours * m, m) for m in (1, 16)),

@@ -101,10 +101,10 @@ def rounding_excess(weight: Tensor, decoded: Tensor, format_name: str, blocksize
 
     Over its block's absmax, and the largest of all weights; the scale must be stored exactly.
     """
-    scaled, found = weight.reshape(-1, blocksize).double(), decoded.reshape(-1, blocksize).double()
+    scaled, found = weight.reshape(-1, blocksize), decoded.reshape(-1, blocksize)
     absmax = scaled.abs().amax(dim=1, keepdim=True)
     scaled, found = scaled / absmax, found / absmax
-    table = torch.from_numpy(TABLES[format_name]).to(weight.device)
+    table = torch.from_numpy(TABLES[format_name]).to(weight)
     nearest = table[torch.bucketize(scaled, (table[:-1] + table[1:]) / 2)]
     return ((found - scaled).abs() - (nearest - scaled).abs()).abs().max().item()
 

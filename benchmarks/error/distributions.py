@@ -96,7 +96,7 @@ DISTRIBUTIONS = {
         ),
         Distribution(
             name="outliers",
-            description=f"N(0, 1), of which {OUTLIER_SHARE:.1%} N(0, {OUTLIER_SCALE:g}^2)",
+            description=f"N(0, 1), of which {OUTLIER_SHARE:.1%} N(0, {OUTLIER_SCALE:g}²)",
             density=_mixed(_NORMAL.pdf, _WIDE.pdf),
             tail=_mixed(lambda m: 2 * _NORMAL.sf(m), lambda m: 2 * _WIDE.sf(m)),
             second_moment=1 - OUTLIER_SHARE + OUTLIER_SHARE * OUTLIER_SCALE**2,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 
 from ..plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, panels
 from ..report import Row
@@ -193,32 +193,32 @@ def _interval(
 
 
 def model(rows: list[Row]) -> Figure:
-    """What the formats cost a model, against what they store."""
-    quantized = [row for row in rows if row["bits_per_weight"] < 16 and row["provider"] != "bitsandbytes"]
-    bfloat16 = next(row for row in rows if row["format"] == "bfloat16")
-    figure, axes = panels(1, 2, 8, 3.6)
+    """What the formats cost a model, the cheapest first."""
+    shown = [row for row in rows if row["format"] != "float32" and row["provider"] != "bitsandbytes"]
+    shown.sort(key=lambda row: row["kl"], reverse=True)
     drawn: tuple[tuple[str, str, Callable[[float], float]], ...] = (
         ("kl", "KL divergence from float32, nats a token", lambda value: value),
-        ("perplexity_ratio", "perplexity over float32's, less 1", lambda value: value - 1),
+        ("perplexity_ratio", "perplexity more than float32's", lambda value: value - 1),
     )
-    for one, (key, label, shown) in zip(axes, drawn, strict=True):
-        for row in quantized:
-            value, low, high = (shown(row[f"{key}{end}"]) for end in ("", "_low", "_high"))
-            color = COLORS.get(row["format"], RED)
-            # An interval may reach below zero, which a logarithmic axis cannot show.
-            bars = [[min(value - low, 0.95 * value)], [high - value]]
-            x = row["bits_per_weight"]
-            one.errorbar([x], [value], bars, fmt="o", color=color, markersize=4, linewidth=0.8)
-            name = f"{NAMES[row['format']]} {row['blocksize']}" + ("" if row["nested"] else ", exact scales")
-            one.annotate(name, (x, value), xytext=(5, -2), textcoords="offset points", fontsize=7, color=color)
-        level = shown(bfloat16[key])
-        one.axhline(level, color="0.5", linestyle="--", linewidth=1)
-        one.annotate("bfloat16, not quantized", (0.98, level), xycoords=("axes fraction", "data"), fontsize=7,
-                     xytext=(0, 3), textcoords="offset points", ha="right", color="0.4")  # fmt: skip
-        one.set_yscale("log")
-        one.set_xlabel("bits a weight")
-        one.set_ylabel(label)
+    figure, axes = panels(1, 2, 8, 0.9 + 0.24 * len(shown), sharey=True)
+    for one, (key, label, scaled) in zip(axes, drawn, strict=True):
+        for place, row in enumerate(shown):
+            value, low, high = (scaled(row[f"{key}{end}"]) for end in ("", "_low", "_high"))
+            color = COLORS.get(row["format"], BLACK)
+            one.errorbar([value], [place], xerr=[[value - low], [high - value]], fmt="o", color=color, markersize=4)
+        one.set_xlabel(label)
+    axes[0].set_xscale("log")
+    axes[1].axvline(0, color="0.5", linewidth=0.8)
+    axes[1].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].set_yticks(range(len(shown)), [_case_name(row) for row in shown])
     return figure
+
+
+def _case_name(row: Row) -> str:
+    if row["blocksize"] is None:
+        return f"{row['format']}, not quantized"
+    scales = "" if row["nested"] else ", exact scales"
+    return f"{NAMES[row['format']]} {row['blocksize']}{scales} ({row['bits_per_weight']:.2f} bits)"
 
 
 def _plain_percent(axis, ticks: tuple[float, ...]) -> None:
