@@ -20,6 +20,7 @@ from .merging import MergeReport, merge_adapter
 from .optimize import optimize_model
 from .params4bit import Params4bit
 from .precision import PrecisionPolicy, choose_precision
+from .sharding import prepare_for_fsdp
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "load_pretrained_4bit",
     "merge_adapter",
     "optimize_model",
+    "prepare_for_fsdp",
     "prepare_model_for_training",
     "quantize_model",
 ]

@@ -22,6 +22,8 @@ from qkernels.errors import UserError
 from .params4bit import Params4bit, map_state
 
 _STATE_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+# The same of a layer that has been split for sharding, as buffers.
+_BUFFERS = ("quant_absmax", "quant_code", "quant_offset", "quant_nested_absmax", "quant_nested_code")
 
 
 class Module4bit(nn.Module):
@@ -39,6 +41,7 @@ class Module4bit(nn.Module):
 
     def _init_weight(self, weight: torch.Tensor, **fields: Any) -> None:
         self._last_quant_state: QuantState | None = None
+        self._last_storage: torch.dtype | None = fields["quant_storage"]
         self._known_name = ""
         self.weight = Params4bit(weight, module=self, **fields)
 
@@ -56,18 +59,53 @@ class Module4bit(nn.Module):
             )
         device = weight.device if device is None else torch.device(device)
         self.weight = Params4bit(weight, quant_type=quant_type, module=self, **fields).to(device)
+        self._last_storage = fields["quant_storage"]
 
     @property
     def quant_state(self) -> QuantState | None:
         if isinstance(self.weight, Params4bit):
             return self.weight.quant_state
-        return self._last_quant_state
+        return _with_buffers(self._last_quant_state, self._buffers) if self.is_split else self._last_quant_state
 
     @quant_state.setter
     def quant_state(self, quant_state: QuantState | None) -> None:
         self._last_quant_state = quant_state
         if isinstance(self.weight, Params4bit):
             self.weight.quant_state = quant_state
+
+    @property
+    def is_split(self) -> bool:
+        """Whether codes and scales are apart, see `split_weight`."""
+        return _BUFFERS[0] in self._buffers
+
+    def split_weight(self) -> None:
+        """Make the packed codes a plain uint8 parameter and the scales buffers, for good.
+
+        FSDP2 then shards the codes like any parameter, byte for byte, whatever its policy for float dtypes; the scales
+        (a fortieth of the codes, with double quantization) move with the module and stay whole.  They are not in its
+        state_dict, which is not a checkpoint's any more: keep the checkpoint that the layer was loaded from.
+
+        Raises:
+            UserError: the weight is not quantized yet.
+        """
+        if self.is_split:
+            return
+        packed, quant_state = self._packed()
+        needed = packed_length(torch.Size(quant_state.shape or ()).numel(), torch.uint8)
+        codes = packed.detach().view(torch.uint8).view(-1)[:needed].view(-1, 1).clone()  # without the storage's padding
+        nested = quant_state.state2
+        scales = (
+            quant_state.absmax,
+            quant_state.code,
+            quant_state.offset,
+            None if nested is None else nested.absmax,
+            None if nested is None else nested.code,
+        )
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self._last_quant_state, self._last_storage = quant_state, torch.uint8
+        for name, tensor in zip(_BUFFERS, scales, strict=True):
+            buffer = None if tensor is None else tensor.detach().clone()
+            self.register_buffer(name, buffer, persistent=False)
 
     @property
     def weight_name(self) -> str:
@@ -102,6 +140,13 @@ class Module4bit(nn.Module):
                 expected=f"the packed codes of a {tuple(quant_state.shape or ())} weight",
                 got=f"a {type(weight).__name__} of shape {tuple(weight.shape)}",
                 remedy="Assign a Params4bit, or load a state_dict.",
+            )
+        if self._last_storage not in (None, weight.dtype):
+            raise UserError(
+                self.weight_name,
+                expected=f"packed codes viewed as {self._last_storage}, as they were quantized",
+                got=f"{weight.dtype}: something has cast them, and so destroyed them",
+                remedy="For FSDP call qlora.prepare_for_fsdp(model) first; mixed precision then leaves them alone.",
             )
         return weight, quant_state
 
@@ -142,6 +187,11 @@ class Module4bit(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module4bit:
         weight = self.weight
+        if self.is_split:
+            scales = {name: self._buffers.pop(name) for name in _BUFFERS}
+            super()._apply(fn, recurse)
+            self._buffers.update({name: _moved(tensor, fn) for name, tensor in scales.items()})
+            return self
         if not isinstance(weight, Params4bit):
             return super()._apply(fn, recurse)  # type: ignore[return-value]
         # nn.Module would keep the old scales beside moved bytes, and lose the class on the way from or to "meta".
@@ -162,7 +212,7 @@ class Module4bit(nn.Module):
             old.__dict__.update(new.__dict__)
         else:
             self.weight = new
-        self._last_quant_state = new.quant_state
+        self._last_quant_state, self._last_storage = new.quant_state, new.quant_storage
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -174,7 +224,7 @@ class Module4bit(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.quant_state is not None:
+        if self.quant_state is not None and not self.is_split:
             for key, tensor in self.quant_state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
 
@@ -191,7 +241,7 @@ class Module4bit(nn.Module):
         self._known_name = prefix.rstrip(".") or self._known_name
         value = state_dict.get(f"{prefix}weight")
         stats = _quantized_stats(state_dict, f"{prefix}weight.")
-        if not stats and (value is None or self.quant_state is None):
+        if self.is_split or (not stats and (value is None or self.quant_state is None)):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
@@ -269,6 +319,27 @@ def _quantized_stats(state_dict: Mapping[str, Any], prefix: str) -> dict[str, to
     """The entries under `prefix` that describe a quantized weight, by their names without it."""
     names = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     return {name: tensor for name, tensor in names.items() if name in _STATE_KEYS or name.startswith("quant_state.")}
+
+
+def _moved(tensor: torch.Tensor | None, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    """What `fn` of `nn.Module._apply` makes of a scale, but for a cast, which would damage it."""
+    applied = None if tensor is None else fn(tensor)
+    if tensor is None or applied is None or applied.dtype == tensor.dtype:
+        return applied
+    return tensor.to(applied.device)
+
+
+def _with_buffers(quant_state: QuantState | None, buffers: Mapping[str, torch.Tensor | None]) -> QuantState | None:
+    """The state with the tensors that are buffers now."""
+    assert quant_state is not None
+    new = copy.copy(quant_state)
+    absmax, new.code, new.offset, nested_absmax, nested_code = (buffers[name] for name in _BUFFERS)
+    assert absmax is not None
+    new.absmax = absmax
+    if new.state2 is not None and nested_absmax is not None:
+        new.state2 = copy.copy(new.state2)
+        new.state2.absmax, new.state2.code = nested_absmax, nested_code
+    return new
 
 
 def _as_params4bit(applied: torch.Tensor, weight: Params4bit) -> Params4bit:
