@@ -94,14 +94,14 @@ def _jobs(options: argparse.Namespace, device: str, checkpoint: Path, work: Path
 
 def _cases(options: argparse.Namespace) -> tuple[Case, ...]:
     """The recipe first, since its adapters must start at zero; the largest last, since it may run out of memory."""
-    steps = EPOCHS * -(-options.prompts // BATCH)
-    recipe = Case(report.RECIPE, BATCH, None, steps, warmup_steps=min(5, steps - 1))
+    steps = options.epochs * -(-options.prompts // BATCH)
+    recipe = (Case(report.RECIPE, BATCH, None, steps, warmup_steps=min(5, steps - 1)),) if steps else ()
     lengths = [tuple(map(int, text.split("x"))) for text in options.lengths]
     fixed = (
         Case(f"{batch}x{length}", batch, length, options.steps + options.warmup, options.warmup)
         for batch, length in sorted(lengths, key=lambda pair: pair[0] * pair[1])
     )
-    return (recipe, *fixed)
+    return (*recipe, *fixed)
 
 
 def _precisions(device: str) -> tuple[str, ...]:
@@ -111,11 +111,8 @@ def _precisions(device: str) -> tuple[str, ...]:
 
 
 def _print(row: report.Row, elapsed_s: float) -> None:
-    result = (
-        row["reason"]
-        if row["status"] == "failed"
-        else f"{row.get('tokens_per_s', row.get('tokens_per_s_1')):,.0f} tokens/s"
-    )
+    speed = row.get("tokens_per_s") or row.get("new_tokens_per_s")
+    result = row["reason"] if row["status"] == "failed" else f"{speed:,.0f} tokens/s"
     print(f"{elapsed_s:5.0f} s  {row['stack']} {row['precision']} {row['name']}: {result}", flush=True)
 
 
@@ -125,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: bf16 and fp16, fp32 on the CPU")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="rows of the data (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the recipe; 0: no recipe (default: %(default)s)")
     parser.add_argument("--lengths", nargs="*", default=["1x128", "4x512", "8x512"], help="BATCHxLENGTH, synthetic")
     parser.add_argument("--steps", type=int, default=8, help="measured steps at each fixed length")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")

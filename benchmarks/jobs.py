@@ -37,7 +37,7 @@ class Job:
     folder: scratch of this run.
     cases: in the order they run.
     gpu_limit_gib: what torch's allocator may take of the GPU's memory; None: all of it.
-    new_tokens: to generate after the cases, for one prompt and for eight; 0 leaves it out.
+    new_tokens: to generate after the cases; 0 leaves it out.
     capability: compute capability to take the GPU for, where Python chooses by it; None: its own.
     """
 

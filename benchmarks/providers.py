@@ -146,9 +146,10 @@ def _sft_trainer(
     )
 
 
+# In the order in which they run: first one to hold the others against, and what matters most before time runs out.
 PROVIDERS = {
-    "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
-    "qlora": Provider(False, _load_qlora, _adapt_qlora, _qlora_trainer, generation={"cache_implementation": "static"}),
     "trl+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt, _sft_trainer),
+    "qlora": Provider(False, _load_qlora, _adapt_qlora, _qlora_trainer, generation={"cache_implementation": "static"}),
     "transformers+peft, not quantized": Provider(False, _load_16bit, _adapt_16bit, _plain_trainer, is_quantized=False),
+    "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
 }

@@ -181,8 +181,7 @@ _GENERATE_COLUMNS = [
     *_STACK,
     ("new tokens", _text("new_tokens")),
     ("settings", _text("generation")),
-    ("1 prompt, tokens/s", _number("tokens_per_s_1", 1)),
-    ("8 prompts, tokens/s", _number("tokens_per_s_8", 1)),
+    ("tokens/s", _number("new_tokens_per_s", 1)),
     ("GPU peak allocated, GiB", _number("gpu_peak_allocated_gib", 2)),
 ]
 _FAILURE_COLUMNS = [*_STACK, ("in", _text("name")), ("reason", _text("reason"))]

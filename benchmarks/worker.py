@@ -30,8 +30,8 @@ from . import data, gate
 from .jobs import Case, Job
 from .providers import DTYPES, PROVIDERS, training_arguments
 
-GENERATE_BATCHES = (1, 8)
-PROMPT_TOKENS = 32
+GATE_TEXTS = 4
+PROMPT_TOKENS, WARMUP_TOKENS = 32, 8
 
 
 class StepClock(TrainerCallback):
@@ -109,7 +109,7 @@ def run(job: Job) -> None:
         packed, scales = gate.sample_weights(base) if provider.is_quantized else ({}, {})
         model = provider.adapt(base)
         model.train()
-        first = tokenizer.pad(prompts[: job.cases[0].batch], return_tensors="pt").to(job.device)
+        first = tokenizer.pad(prompts[:GATE_TEXTS], return_tensors="pt").to(job.device)
         losses = gate.token_losses(model, dict(first), None if dtype == torch.float32 else dtype)
         record["first_batch_loss"] = losses.mean().item()
         record |= _held_against_yardstick(gate.Sample(packed, scales, losses), job)
@@ -210,30 +210,31 @@ def _train(
 
 @torch.no_grad()
 def _generate(job: Job, model: PeftModel) -> dict[str, Any]:
-    """Greedy decoding of one prompt and of eight: new tokens over wall time with prefill, in the second call."""
+    """Greedy decoding after one prompt: new tokens over wall time with prefill, after a short call for warming up."""
     settings = PROVIDERS[job.provider].generation
-    result: dict[str, Any] = {"new_tokens": job.new_tokens, "generation": settings}
+    ids = torch.randint(4, model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(job.device)
     model.eval()
-    for batch in GENERATE_BATCHES:
-        ids = torch.randint(
-            4, model.config.vocab_size, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)
+    seconds = 0.0
+    for count in (min(WARMUP_TOKENS, job.new_tokens), job.new_tokens):
+        begin = time.perf_counter()
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=3,
+            **settings,
         )
-        ids = ids.to(job.device)
-        for _ in range(2):
-            begin = time.perf_counter()
-            tokens = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=job.new_tokens,
-                min_new_tokens=job.new_tokens,
-                do_sample=False,
-                pad_token_id=3,
-                **settings,
-            )
-            count = (tokens.shape[1] - PROMPT_TOKENS) * batch
-            tokens.tolist()  # waits for the device
-            result[f"tokens_per_s_{batch}"] = count / (time.perf_counter() - begin)
-    return result
+        assert len(tokens.tolist()[0]) == PROMPT_TOKENS + count  # waits for the device
+        seconds = time.perf_counter() - begin
+    return {
+        "new_tokens": job.new_tokens,
+        "generation": settings,
+        "generate_s": seconds,
+        "new_tokens_per_s": job.new_tokens / seconds,
+    }
 
 
 if __name__ == "__main__":
