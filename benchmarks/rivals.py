@@ -33,7 +33,7 @@ def with_rivals(measured: Measured, weight: torch.Tensor) -> Measured:
     packed, state = qkernels.quantize_4bit(weight, **FORMAT)
     ours = qkernels.matmul_4bit(x, packed, state).double()
     providers, missing = dict(measured.providers), dict(measured.missing)
-    for name, found in {TORCHAO: _torchao(x), COMPILED: _plain_torch(x)}.items():
+    for name, found in {TORCHAO: _torchao(x, weight), COMPILED: _plain_torch(x)}.items():
         if isinstance(found, str):
             missing[name] = found
             continue
@@ -44,10 +44,12 @@ def with_rivals(measured: Measured, weight: torch.Tensor) -> Measured:
     return replace(measured, providers=providers, missing=missing)
 
 
-def _torchao(x: torch.Tensor) -> Provider | str:
+def _torchao(x: torch.Tensor, weight: torch.Tensor) -> Provider | str:
     """NF4 with 8-bit scales too, but its own: evenly spaced codes for the scales, so it decodes to other values."""
     if find_spec("torchao") is None:
         return "torchao is not installed (pip install torchao)"
+    if weight.numel() % (BLOCKSIZE * SCALES_BLOCKSIZE):
+        return f"torchao takes multiples of {BLOCKSIZE * SCALES_BLOCKSIZE} weights only"
     from torchao.quantization import NF4Tensor
 
     def make(weight: torch.Tensor) -> Call:

@@ -32,14 +32,14 @@ def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
     return with_rivals(measured, weight) if op == "matmul" else measured, weight
 
 
-def pytest_cases() -> Iterator[object]:
+def _cases() -> Iterator[object]:
     for op, m in CASES:
         measured, _ = _measured(op, m)
         for provider in (*measured.providers, *measured.missing):
             yield pytest.param(op, m, provider, id=f"{op}-{m}-{provider}" if m else f"{op}-{provider}")
 
 
-@pytest.mark.parametrize(("op", "m", "provider"), pytest_cases())
+@pytest.mark.parametrize(("op", "m", "provider"), _cases())
 def test_throughput(op, m, provider, benchmark):
     measured, weight = _measured(op, m)
     if (reason := measured.missing.get(provider)) is not None:

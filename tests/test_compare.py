@@ -108,7 +108,7 @@ def test_plain_torch_decodes_as_the_library_does():
 
 def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch):
     weight = torch.randn(64, 128)
-    monkeypatch.setattr(rivals, "_torchao", lambda x: lambda weight: lambda: 1.05 * (x @ weight.t()))
+    monkeypatch.setattr(rivals, "_torchao", lambda x, w: lambda weight: lambda: 1.05 * (x @ weight.t()))
     with pytest.raises(GateError, match="torchao, NF4Tensor differs from ours"):
         rivals.with_rivals(products.matmul(weight, 2), weight)
 
@@ -116,7 +116,7 @@ def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch):
 def test_a_rival_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
-    assert "not installed" in rivals._torchao(torch.randn(1, 128))
+    assert "not installed" in rivals._torchao(torch.randn(1, 128), torch.randn(64, 128))
 
 
 def test_the_share_of_the_roofline():
