@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model, tokens
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from models import save_tiny, tiny_model, tokens
 from torch import nn
+from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from qkernels.errors import UserError
 from qkernels.format import QUANT_STORAGES
@@ -69,3 +74,23 @@ def test_codes_that_something_has_cast_are_refused():
     damaged.weight = nn.Parameter(damaged.weight.data.to(torch.float16), requires_grad=False)
     with pytest.raises(UserError, match=r"expected packed codes viewed as torch.bfloat16.* got torch.float16"):
         damaged(torch.randn(3, 48))
+
+
+# --- the page about it
+
+
+def test_the_page_and_its_configurations(tmp_path, monkeypatch):
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    sharded = load_config_from_file(str(docs / "accelerate" / "fsdp2_8_gpus.yaml"))
+    whole = load_config_from_file(str(docs / "accelerate" / "ddp_8_gpus.yaml"))
+    assert (sharded.distributed_type, whole.distributed_type) == (DistributedType.FSDP, DistributedType.MULTI_GPU)
+    assert sharded.num_processes == whole.num_processes == 8
+    assert sharded.fsdp_config["fsdp_version"] == 2
+    assert sharded.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+    (block,) = re.findall(r"```python\n(.*?)```", (docs / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+    save_tiny("bloom", tmp_path / "bloom")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block.replace('"bigscience/bloom-7b1"', '"./bloom"'), names)
+    assert not any(isinstance(parameter, Params4bit) for parameter in names["model"].parameters())
+    assert any(isinstance(module, BloomBlock) for module in names["model"].modules())

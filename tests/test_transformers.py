@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from models import LINEARS, save_tiny, tiny_model, tokens
 from safetensors.torch import load_file, save_file
@@ -426,10 +428,47 @@ def test_architecture_without_linear_layers(tmp_path):
         load(tmp_path / "gpt2", NF4Config())
 
 
-@pytest.mark.parametrize("device_map", [{"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}])
-def test_offloading_is_refused(llama, device_map):
-    with pytest.raises(UserError, match="device_map: expected every module on a GPU, or every module on the CPU"):
-        load(llama, NF4Config(), device_map=device_map)
+def test_offloading_to_the_disk_is_refused(llama):
+    with pytest.raises(UserError, match=r"device_map: expected every module on a GPU or the CPU, got .* cpu, disk"):
+        load(llama, NF4Config(), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensor_parallel_plans_are_refused(llama, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(UserError, match=r"distributed_config: expected none .*codes cannot be sliced alike"):
+            load(llama, NF4Config(), tp_plan="auto")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_layers_in_host_memory_are_brought_in_when_they_are_needed(checkpoint):
+    """accelerate's hooks, here with the CPU as the place where everything is computed."""
+    model = load(checkpoint, NF4Config())
+    expected = model(tokens()).logits
+    cpu_offload(model, execution_device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    for _ in range(2):
+        assert torch.equal(model(tokens()).logits, expected)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_a_device_map_with_layers_in_host_memory(llama):
+    names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    spread = load(llama, NF4Config(), dtype=torch.float16, device_map=dict.fromkeys(names, 0) | {names[2]: "cpu"})
+    expected = load(llama, NF4Config(), dtype=torch.float16)(tokens().cuda()).logits
+    for _ in range(2):
+        torch.testing.assert_close(spread(tokens().cuda()).logits, expected)
+    # The CPU quantizes these; a code at a threshold may be its neighbour on the GPU.
+    assert spread.model.layers[1].self_attn.q_proj.weight.is_meta
 
 
 def test_dtype_other_than_the_three(llama):

@@ -48,12 +48,12 @@ class NF4Quantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
-        if "disk" in places or ("cpu" in places and places != {"cpu"}):
+        if "disk" in places:
             raise UserError(
                 "device_map",
-                expected="every module on a GPU, or every module on the CPU",
+                expected="every module on a GPU or the CPU",
                 got=f"modules on {', '.join(sorted(places))}",
-                remedy="4-bit layers cannot be offloaded: use a GPU with more memory, or device_map='cpu'.",
+                remedy="4-bit layers can be offloaded to host memory ('cpu') only.",
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -70,6 +70,7 @@ class NF4Quantizer(HfQuantizer):
         return {place: limit * 0.9 for place, limit in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _refuse_distributed(model.config)
         for name, linear in self.find_layers(model).items():
             layer = self.new_layer(linear, "meta")
             if self.pre_quantized and layer.quant_storage.is_floating_point:
@@ -237,6 +238,17 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if isinstance(quantizer, NF4Quantizer):
             quantizer.remove_quantization_config(module)
     return model
+
+
+def _refuse_distributed(config: Any) -> None:
+    if getattr(config, "distributed_config", None) is not None:
+        raise UserError(
+            "distributed_config",
+            expected="none for a model with 4-bit layers",
+            got="one (or tp_plan, tp_size)",
+            remedy="transformers' tensor-parallel plans slice float weights, and packed codes cannot be sliced alike. "
+            "Shard with FSDP2 through accelerate (qlora.prepare_for_fsdp), or spread layers by device_map.",
+        )
 
 
 def _refuse_sliced_layers(config: Any) -> None:
