@@ -45,6 +45,7 @@ class Resources:
     tensor_core: int
     bf16_arithmetic: int
     has_dot: bool
+    serialized: bool
     shared_limit_bytes: int
 
     def faults(self) -> list[str]:
@@ -54,6 +55,8 @@ class Resources:
             found.append(f"spills {self.spilled_bytes} bytes")
         if self.shared_bytes > self.shared_limit_bytes:
             found.append(f"takes {self.shared_bytes} bytes of shared memory")
+        if self.serialized:
+            found.append("wgmma instructions are serialized")
         if self.bf16_arithmetic:
             found.append(f"{self.bf16_arithmetic} bf16 arithmetic instructions")
         if self.has_dot and not self.tensor_core:
@@ -98,11 +101,13 @@ def inspect(variant: Variant, arch: str) -> Resources:
     return Resources(
         registers=int(_first(r"Used (\d+) registers", usage)),
         spilled_bytes=int(_first(r"(\d+) bytes spill stores", usage)) + int(_first(r"(\d+) bytes spill loads", usage)),
-        shared_bytes=compiled.metadata.shared,
+        # Triton counts what it allocates, ptxas what assembly declares.
+        shared_bytes=compiled.metadata.shared + sum(map(int, re.findall(r"(\d+) bytes smem", usage))),
         tensor_core=len(re.findall(r"\b(?:mma|wgmma)\.", ptx)),
         bf16_arithmetic=len(re.findall(r"\b(?:add|sub|mul|fma|min|max|neg|abs)\.[a-z.]*bf16", ptx)),
         # Gluon has no such stage: its kernels name their instructions.
         has_dot="tt.dot" in compiled.asm.get("ttir", ""),
+        serialized="wgmma.mma_async instructions are serialized" in usage,
         shared_limit_bytes=SHARED_LIMIT_BYTES[int(arch.removeprefix("sm_"))],
     )
 

@@ -15,8 +15,10 @@ import torch
 from .errors import UserError
 from .format import FLOAT_DTYPES
 from .tuning.skinny import skinny_config, skinny_limit
+from .tuning.wgmma import wgmma_limit
 
 SKINNY = "fused skinny"
+WGMMA = "fused wgmma"
 DEQUANTIZE = "dequantize + cuBLAS"
 REFERENCE = "dequantize + torch's CPU product"
 
@@ -86,8 +88,28 @@ def _refuse_skinny(product: Product) -> str | None:
     return None
 
 
+def _refuse_wgmma(product: Product) -> str | None:
+    M, N, K = product.M, product.N, product.K
+    if product.sm != 90:
+        return f"sm_{product.sm} has no wgmma instruction"
+    if product.dtype == torch.float32:
+        return "wgmma has no float32"
+    if K % 64 or product.blocksize < 64:
+        return f"K={K} and blocks of {product.blocksize} are not both multiples of 64"
+    if min(N, K) < 128:
+        return f"the weight [{N}, {K}] is smaller than a tile"
+    if product.backward and N % 8:
+        return f"rows of dy, N={N}, are not multiples of 16 bytes"
+    if not product.aligned:
+        return "the packed weight is not aligned to 16 bytes"
+    limit = wgmma_limit(N, K)
+    if not 1 <= M <= limit:
+        return f"M={M} is not in 1 to {limit}, where it is faster than decoding apart"
+    return None
+
+
 # In this order; the first that does not refuse is chosen, and dequantize + cuBLAS computes everything.
-RULES: tuple[Rule, ...] = (Rule(SKINNY, _refuse_skinny),)
+RULES: tuple[Rule, ...] = (Rule(SKINNY, _refuse_skinny), Rule(WGMMA, _refuse_wgmma))
 
 
 @lru_cache(maxsize=4096)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from .dense import linear
-from .dispatch import SKINNY, Product, capability_of, choose
+from .dispatch import SKINNY, WGMMA, Product, capability_of, choose
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
 from .kernels.matmul_skinny import matmul_skinny_triton
+from .kernels.matmul_wgmma import matmul_wgmma_triton
 from .kernels.quantize import quantize_4bit_triton
 from .tuning import DROPOUT_CONFIG, elementwise_config
 from .tuning.skinny import skinny_config
+from .tuning.wgmma import wgmma_config
 
 _NOTHING = nullcontext()
 
@@ -120,9 +122,17 @@ def gemm_4bit(
     N, K = shapeB
     M = A.numel() // max(1, K)
     product = Product(M, N, K, A.dtype, capability_of(A.device.index), blocksize, False, B.data_ptr() % 16 == 0)
-    if choose(product).implementation == SKINNY:
+    implementation = choose(product).implementation
+    if implementation == SKINNY:
         return _gemm_4bit_skinny(A, B, product, absmax, quant_type, bias, *nested)
+    if implementation == WGMMA:
+        return _product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
     return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+
+
+def _contiguous_and_aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x  # a slice of another tensor may begin anywhere
 
 
 def _gemm_4bit_skinny(
@@ -130,14 +140,26 @@ def _gemm_4bit_skinny(
 ) -> Tensor:
     config = skinny_config(product.M, product.N, product.K, product.sm)
     assert config is not None
-    x = A.contiguous()
-    if x.data_ptr() % 16:  # a slice of another tensor
-        x = x.clone()
+    x = _contiguous_and_aligned(A)
     out = torch.empty((*A.shape[:-1], product.N), dtype=A.dtype, device=A.device)
     bias = bias if bias is None else bias.contiguous()
     with _on_device_of(A):
         matmul_skinny_triton(x, B, absmax, product.blocksize, quant_type, bias, out, config, *nested)
     return out
+
+
+def _product_wgmma(
+    A: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, bias: Tensor | None, *nested: Tensor | None
+) -> Tensor:
+    M, N, K, backward = product.M, product.N, product.K, product.backward
+    x = _contiguous_and_aligned(A).view(M, -1)
+    out = torch.empty((M, K if backward else N), dtype=A.dtype, device=A.device)
+    bias = bias if bias is None else bias.contiguous()
+    config = wgmma_config(M, N, K, backward)
+    blocksize = product.blocksize
+    with _on_device_of(A):
+        matmul_wgmma_triton(x, B, (N, K), absmax, blocksize, quant_type, bias, out, config, *nested, backward=backward)
+    return out.view(*A.shape[:-1], -1)
 
 
 def gemm_4bit_dx(
@@ -149,6 +171,12 @@ def gemm_4bit_dx(
     quant_type: str,
     *nested: Tensor | None,
 ) -> Tensor:
+    N, K = shapeB
+    M = grad.numel() // max(1, N)
+    aligned = B.data_ptr() % 16 == 0
+    product = Product(M, N, K, grad.dtype, capability_of(grad.device.index), blocksize, True, aligned)
+    if choose(product).implementation == WGMMA:
+        return _product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
 
 

@@ -18,13 +18,16 @@ import torch
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
 from .kernels._pairs import ALPHA, pair_codes
+from .kernels._wgmma import sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
+from .kernels.matmul_wgmma import SUM_CONFIG, X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config
 from .tuning.skinny import SkinnyConfig, skinny_config
+from .tuning.wgmma import WgmmaConfig, tiling
 
 _DTYPES = ("fp32", "fp16", "bf16")
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
@@ -46,12 +49,14 @@ class Variant:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    config: LaunchConfig | SkinnyConfig
+    config: LaunchConfig | SkinnyConfig | WgmmaConfig
 
 
 def variants(arch: str = "sm_75") -> Iterator[Variant]:
     """All of them, as they are launched on that architecture."""
     yield from _matmul_skinny(int(arch.removeprefix("sm_")))
+    if arch == "sm_90":
+        yield from _matmul_wgmma()
     yield from _dropout()
     for blocksize in BLOCKSIZES:
         for dtype in _DTYPES:
@@ -171,5 +176,53 @@ def skinny_variant(
         _matmul_skinny_kernel,
         {**pointers, **(scales if nested else {}), **(bias if has_bias else {}), "M": "i32", "N": "i32"},
         constants | ({} if nested else dict.fromkeys(scales)) | ({} if has_bias else dict.fromkeys(bias)),
+        config,
+    )
+
+
+def _matmul_wgmma() -> Iterator[Variant]:
+    for columns in (64, 128, 256):
+        for backward in (False, True):
+            for split in (False, True):
+                yield wgmma_variant(columns, "fp16", split, backward)
+            yield wgmma_variant(columns, "bf16", False, backward, nested=False, has_bias=not backward, n="i32")
+    for has_bias in (False, True):
+        config = tiling(64, 4096, 4096, 64, 4, 0)
+        yield Variant(
+            f"sum_parts fp16{' bias' if has_bias else ''}",
+            sum_parts_kernel,
+            {"parts_ptr": "*fp32", "out_ptr": "*fp16"}
+            | ({"bias_ptr": "*fp16"} if has_bias else {})
+            | dict.fromkeys(("M", "R", "first_tile", "columns_of_tiles"), "i32"),
+            sum_constants(config, has_bias) | ({} if has_bias else {"bias_ptr": None}),
+            SUM_CONFIG,
+        )
+
+
+def wgmma_variant(
+    columns: int,
+    dtype: str,
+    split: bool,
+    backward: bool,
+    *,
+    nested: bool = True,
+    has_bias: bool = False,
+    n: str = "i32:16",
+) -> Variant:
+    """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
+    config = tiling(columns, 4096, 4096, columns, 2, 0 if split else 32)
+    pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+    bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32"}
+    sizes = {"M": "i32", "N": n, "K": "i32:16", "whole_tiles": "i32", "parts": "i32", "part_steps": "i32"}
+    optional = ((scales, nested), (bias, has_bias), (parts, split))
+    present = {name: kind for group, given in optional if given for name, kind in group.items()}
+    absent = {name: None for group, given in optional if not given for name in group}
+    return Variant(
+        f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
+        f"{' bias' if has_bias else ''}{' split' if split else ''}",
+        _matmul_wgmma_kernel,
+        {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
+        wgmma_constants(config, 64, nested, has_bias, split, backward) | absent,
         config,
     )

@@ -30,7 +30,7 @@ class Config(Protocol):
 class Launcher:
     """One kernel's compiled variants.
 
-    The kernel's arguments are pointers first, then sizes, then compile-time constants, then nothing else.
+    The kernel's arguments are descriptors of tensors first, then pointers, sizes and compile-time constants.
 
     Args:
         kernel: the jit function.
@@ -53,16 +53,18 @@ class Launcher:
         sizes: tuple[int, ...],
         constants: tuple[object, ...],
         config: Config,
+        descriptors: tuple[object, ...] = (),
     ) -> None:
         """Launch on the current device and stream.
 
         Args:
             pointers: tensors on that device; None for a pointer that the constants say is not read.
             sizes: run-time integers, each given a type and a specialization as Triton does.
+            descriptors: of tensors that are read by TMA; their dtype is that of a pointer, their tile a constant.
         """
         scalars = (*sizes, *constants)
         if self._interpreted:
-            self._first(grid, pointers, scalars, config)
+            self._first(grid, descriptors, pointers, scalars, config)
             return
         device = torch._C._cuda_getDevice()
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
@@ -80,7 +82,7 @@ class Launcher:
         key = (device, specialized, config, constants, *types)
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._first(grid, pointers, scalars, config)
+            self._compiled[key] = self._first(grid, descriptors, pointers, scalars, config)
             return
         compiled.run(
             *grid,
@@ -90,12 +92,18 @@ class Launcher:
             None,
             None,
             None,
+            *descriptors,
             *addresses,
             *scalars,
         )
 
     def _first(
-        self, grid: Grid, pointers: tuple[torch.Tensor | None, ...], scalars: tuple[object, ...], config: Config
+        self,
+        grid: Grid,
+        descriptors: tuple[object, ...],
+        pointers: tuple[torch.Tensor | None, ...],
+        scalars: tuple[object, ...],
+        config: Config,
     ) -> Any:
         """Launch through Triton, which compiles the variant, and return it."""
         tensors = [
@@ -103,5 +111,10 @@ class Launcher:
             for position, pointer in enumerate(pointers)
         ]
         return self._kernel[grid](
-            *tensors, *scalars, num_warps=config.num_warps, maxnreg=config.max_registers, **self._options
+            *descriptors,
+            *tensors,
+            *scalars,
+            num_warps=config.num_warps,
+            maxnreg=config.max_registers,
+            **self._options,
         )
