@@ -2,7 +2,8 @@
 
 Room: arithmetic on tensors; torch only.  transformers adds ALiBi by `baddbmm`, keeps the scores of all heads
 [batch * heads, T, T], and takes their softmax in a float32 copy.  Here the bias stays [batch, heads, 1, keys], because
-ALiBi depends on the key alone (a query's constant drops out of its softmax), and no score reaches memory.
+ALiBi depends on the key alone (a query's constant drops out of its softmax), and no score reaches memory.  In float32
+on a GPU torch's fused attention is not exact enough, and the plain formula takes its place.
 """
 
 from __future__ import annotations
@@ -90,15 +91,16 @@ def alibi_bias(
     if position_ids is None and not causal and not sees_all:
         rows = past + torch.arange(queries, device=device)
         bias = bias.masked_fill(torch.arange(keys, device=device) > rows[:, None], lowest)
-    if causal and device.type != "cuda":
-        # Only the CUDA kernel takes a bias and causality at once; elsewhere the bias gets a row for each query.
+    if causal and not (device.type == "cuda" and dtype.itemsize == 2):
+        # Only CUDA's fused kernel takes a bias and causality at once, and it is not used in float32; elsewhere the bias
+        # gets a row for each query.
         bias = bias.masked_fill(torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1), lowest)
         causal = False
     return AttentionBias(_aligned(bias), causal)
 
 
 def alibi_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBias, dropout: float = 0.0) -> Tensor:
-    """softmax(query key^T / sqrt(size) + bias) value, without the scores in memory.
+    """softmax(query key^T / sqrt(size) + bias) value; in 16 bits without the scores in memory.
 
     Args:
         query: [batch, heads, queries, size], any strides with the last dimension contiguous.
@@ -110,6 +112,11 @@ def alibi_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBi
     Returns:
         [batch, heads, queries, size] in the dtype of the query.
     """
+    if query.is_cuda and query.dtype == torch.float32:
+        # The fused kernel's gradients are further from the exact ones than those of the plain formula, up to six times.
+        # Training on a GPU is in 16 bits; float32 is for checks, so it is exact rather than lean.
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias.bias
+        return F.dropout(scores.softmax(dim=-1), dropout) @ value
     if not bias.causal:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.bias, dropout_p=dropout)
     # The operator that scaled_dot_product_attention calls for a bias on a GPU (compute capability 5.0 and later), which

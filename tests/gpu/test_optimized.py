@@ -12,35 +12,70 @@ from qlora.optimize.alibi import alibi_attention, alibi_bias
 pytestmark = pytest.mark.gpu
 
 
-def exact(query, key, value, bias):
-    scores = query.double() @ key.double().transpose(-1, -2) * query.shape[-1] ** -0.5 + bias.bias.double()
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ value.double()
+def plain(query, key, value, bias):
+    """Attention without a fused kernel, every step in the inputs' dtype, as transformers has it for 16 bits."""
+    future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    whole = bias.bias.to(query.dtype).masked_fill(future, torch.finfo(query.dtype).min)
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + whole).softmax(-1) @ value
+
+
+def fused(query, key, value, bias):
+    """The kernel that takes bias and causality at once."""
+    whole = bias.bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    scale = query.shape[-1] ** -0.5
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attention(query, key, value, whole, True, 0.0, True, scale=scale)[0]
+
+
+class Case:
+    """Inputs of one attention; the float64 result is the truth."""
+
+    def __init__(self, dtype: torch.dtype, padding: str, length: int) -> None:
+        batch, heads, size = 2, 6, 128
+        mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
+        if padding != "none":
+            mask[1, slice(None, length // 2) if padding == "left" else slice(length // 2, None)] = 0
+        given = None if padding == "none" else mask
+        self.bias = alibi_bias(heads, dtype, mask.device, queries=length, keys=length, attention_mask=given)
+        self.inputs = torch.randn(batch, length, heads, 3, size, device="cuda", dtype=dtype)
+        self.real = mask.bool()[:, None, :, None]
+        self.upstream = torch.randn(batch, heads, length, size, device="cuda", dtype=dtype) * self.real
+        self.truth = self.run(plain, torch.float64)
+
+    def run(self, attention, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and gradient in float64; rows of padding, which nobody reads, are zero."""
+        inputs = self.inputs.to(dtype or self.inputs.dtype).requires_grad_()
+        output = attention(*(part.transpose(1, 2) for part in inputs.unbind(3)), bias=self.bias)
+        output.backward(self.upstream.to(output.dtype))
+        return (output.detach() * self.real).double(), inputs.grad.double()
+
+    def is_as_exact_as_plain(self, attention) -> bool:
+        """At most twice the error of plain attention and a rounding, in maximum and in root mean square."""
+        eps = torch.finfo(self.inputs.dtype).eps
+        return all(
+            norm(found - wanted) <= 2 * norm(usual - wanted) + eps * norm(wanted)
+            for found, usual, wanted in zip(self.run(attention), self.run(plain), self.truth, strict=True)
+            for norm in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("length", [64, 130])
 def test_attention_with_alibi(dtype, padding, length):
-    batch, heads, size = 2, 6, 128
-    mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
-    if padding != "none":
-        mask[1, slice(None, length // 2) if padding == "left" else slice(length // 2, None)] = 0
-    given = None if padding == "none" else mask
-    bias = alibi_bias(heads, dtype, mask.device, queries=length, keys=length, attention_mask=given)
-    assert bias.causal
-    assert bias.bias.shape[2] == 1
-    fused = torch.randn(batch, length, heads, 3, size, device="cuda", dtype=dtype, requires_grad=True)
-    truth = fused.detach().double().requires_grad_()
-    ours = alibi_attention(*(part.transpose(1, 2) for part in fused.unbind(3)), bias=bias)
-    expected = exact(*(part.transpose(1, 2) for part in truth.unbind(3)), bias=bias)
-    real = mask.bool()[:, None, :, None]
-    upstream = torch.randn_like(ours) * real
-    ours.backward(upstream)
-    expected.backward(upstream.double())
-    tolerance = 8 * torch.finfo(dtype).eps
-    for found, wanted in (((ours * real), expected * real), (fused.grad, truth.grad)):
-        assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+    case = Case(dtype, padding, length)
+    assert case.is_as_exact_as_plain(alibi_attention)
+    if dtype.itemsize == 2:  # where the fused kernel is much better than plain attention
+        assert case.bias.causal
+        assert case.bias.bias.shape[2] == 1
+        for found, wanted in zip(case.run(alibi_attention), case.truth, strict=True):
+            assert (found - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_the_fused_kernel_is_not_exact_enough_in_float32():
+    # Why float32 takes the plain formula; should torch mend it, this fails, and the fused kernel may be used.
+    cases = [Case(torch.float32, padding, length) for padding in ("none", "left", "right") for length in (64, 130, 512)]
+    assert not all(case.is_as_exact_as_plain(fused) for case in cases)
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama"])
