@@ -10,6 +10,7 @@ import pytest
 import skinny
 import torch
 import triton
+from edges import blocks_at_midpoints, blocks_at_thresholds
 from exact import assert_bits_equal, gpu_reciprocal
 from ptx import PtxKernel
 
@@ -89,8 +90,10 @@ def test_quantize_4bit(variant):
     quant_type = "nf4" if variant.constants["NF4"] else "fp4"
     for n in lengths(variant):
         x = values(n, dtype)
+        edges = blocks_at_thresholds(quant_type, blocksize, dtype)[:n]
+        x[: len(edges)] = edges
         if propagate:  # a T4 has no instruction for a maximum that does
-            x[n // 3] = torch.nan
+            x[-1] = torch.nan
         packed, absmax = filled(packed_length(n), torch.uint8), filled(block_count(n, blocksize), torch.float32)
         arguments = {"x_ptr": x, "packed_ptr": packed, "absmax_ptr": absmax, "n": n, "n_bytes": packed_length(n)}
         kernel(grid(variant, n), {**arguments, "table_ptr": bucket_table(quant_type, device())})
@@ -133,18 +136,21 @@ def test_dequantize_4bit(variant, quant_type):
 def test_quantize_blockwise(variant):
     kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
     blocksize, code = variant.constants["QUANT_BLOCK"], dynamic_map(device())
-    offset = torch.tensor(0.75, device="cuda") if variant.constants["SUBTRACT"] else None
     for n in lengths(variant):
-        x = values(n, dtype)
-        index, absmax = filled(n, torch.uint8), filled(block_count(n, blocksize), torch.float32)
-        arguments = {"x_ptr": x, "code_ptr": code, "out_ptr": index, "absmax_ptr": absmax, "n": n}
-        kernel(grid(variant, n), {**arguments, "offset_ptr": offset})
-        expected, expected_absmax = quantize_blockwise_reference(x, code, blocksize, offset, gpu_reciprocal)
-        assert_bits_equal(absmax, expected_absmax)
-        assert_bits_equal(index, expected)
-        native, native_state = qkernels.quantize_blockwise(x if offset is None else x - offset, blocksize=blocksize)
-        assert_bits_equal(absmax, native_state.absmax)
-        assert_bits_equal(index, native)
+        for mean in (0.75, -0.75) if variant.constants["SUBTRACT"] else (0.0,):
+            x = values(n, dtype)
+            edges = blocks_at_midpoints(code, blocksize, mean).to(dtype)[:n]
+            x[: len(edges)] = edges
+            index, absmax = filled(n, torch.uint8), filled(block_count(n, blocksize), torch.float32)
+            offset = torch.tensor(mean, device="cuda")
+            arguments = {"x_ptr": x, "code_ptr": code, "out_ptr": index, "absmax_ptr": absmax, "n": n}
+            kernel(grid(variant, n), {**arguments, "offset_ptr": offset})
+            expected, expected_absmax = quantize_blockwise_reference(x, code, blocksize, offset, gpu_reciprocal)
+            assert_bits_equal(absmax, expected_absmax)
+            assert_bits_equal(index, expected)
+            native, native_state = qkernels.quantize_blockwise(x - offset if mean else x, blocksize=blocksize)
+            assert_bits_equal(absmax, native_state.absmax)
+            assert_bits_equal(index, native)
 
 
 @pytest.mark.parametrize("variant", cases("dequantize_blockwise"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edges import blocks_at_midpoints, blocks_at_thresholds
 
 from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
@@ -75,14 +76,10 @@ def test_quantize_4bit_with_nan_and_inf(quant_type, propagate_nan):
     assert_bits_equal(packed, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_quantize_4bit_at_every_threshold(quant_type):
-    # The block's absmax is 1, so every value is its own scaled value: the thresholds, and one ulp to either side.
-    from qkernels.format import FP4_THRESHOLDS, NF4_THRESHOLDS
-
-    thresholds = torch.tensor(NF4_THRESHOLDS if quant_type == "nf4" else FP4_THRESHOLDS)
-    around = torch.cat([thresholds, *(torch.nextafter(thresholds, torch.tensor(s * torch.inf)) for s in (1, -1))])
-    values = torch.cat([torch.ones(1), around, -around])
+def test_quantize_4bit_at_every_threshold(quant_type, dtype):
+    values = blocks_at_thresholds(quant_type, 128, dtype)
     packed, _ = quantize_4bit_triton(
         values, 128, quant_type, torch.uint8, False, elementwise_config("quantize_4bit", 128)
     )
@@ -139,11 +136,15 @@ def test_blockwise_subtracts_an_offset():
         assert_bits_equal(absmax, expected_absmax)
 
 
-def test_blockwise_breaks_ties_towards_the_even_index():
-    values = torch.cat([torch.ones(1), (CODE[:-1] + CODE[1:]) * 0.5])
-    index, _ = quantize_blockwise_triton(values, CODE, 256, None, elementwise_config("quantize_blockwise", 256))
-    assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256)[0])
-    assert (index[1:-1] % 2 == 0).all()
+@pytest.mark.parametrize("mean", [0.0, 0.75, -0.75])
+def test_blockwise_breaks_ties_towards_the_even_index(mean):
+    values, offset = blocks_at_midpoints(CODE, 256, mean), torch.tensor(mean)
+    config = elementwise_config("quantize_blockwise", 256)
+    index, _ = quantize_blockwise_triton(values, CODE, 256, offset, config)
+    assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256, offset)[0])
+    tie, above, below = index.view(-1, 256)[:, 1:4].int().unbind(1)
+    assert (tie % 2 == 0).all()
+    assert (above == below + 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
