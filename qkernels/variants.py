@@ -109,7 +109,8 @@ def _dequantize_4bit(blocksize: int, dtype: str, length: str, tag: str) -> Itera
             f"dequantize_4bit {'nested ' if nested else ''}{tag}",
             _dequantize_4bit_kernel,
             {**pointers, "n": length, "n_bytes": length} | (scales if nested else {}),
-            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile} | ({} if nested else dict.fromkeys(scales)),
+            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile, "USE_ASM": True}
+            | ({} if nested else dict.fromkeys(scales)),
             config,
         )
 

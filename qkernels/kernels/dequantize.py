@@ -1,8 +1,8 @@
 """Decode packed 4-bit codes to float32, float16 or bfloat16 in one launch, 8-bit scales included.
 
 A program takes ROWS quantization blocks: one scale a row, two table look-ups a byte, and the two results of a byte
-side by side in the store.  Bytes moved: 1/2 + itemsize + 4/blocksize an element, with double quantization
-1/2 + itemsize + 1/blocksize + 4/(256 blocksize).
+side by side in the store.  A look-up is a shuffle: each lane of a warp holds a value of the table.  Bytes moved:
+1/2 + itemsize + 4/blocksize an element, with double quantization 1/2 + itemsize + 1/blocksize + 4/(256 blocksize).
 """
 
 from __future__ import annotations
@@ -14,7 +14,46 @@ import triton.language as tl
 from ..format import NESTED_BLOCKSIZE, code_table, packed_length
 from ..tuning import LaunchConfig
 from ._launch import Launcher
-from ._tile import load_absmax
+from ._tile import lane_id, load_absmax
+
+
+def _assembly() -> str:
+    """The values of four bytes: $0 to $3 of the high nibbles, $4 to $7 of the low ones; $8 the bytes, $9 this lane's
+    value of the table (given once for each of the four).
+
+    Each lane holds the value of its number modulo 16.  A shuffle reads the five low bits of the lane that it is given:
+    a nibble and one bit more, which makes no difference.
+    """
+    lines = [".reg .b32 place;"]
+    for byte in range(4):
+        for nibble, output in ((4, byte), (0, byte + 4)):
+            lines += [
+                f"shr.u32 place, $8, {8 * byte + nibble};",
+                f"shfl.sync.idx.b32 ${output}, $9, place, 31, 0xffffffff;",
+            ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_ASSEMBLY = tl.constexpr(_assembly())
+_CONSTRAINTS = tl.constexpr("=f," * 8 + "r,f,f,f,f")
+
+
+@triton.jit
+def _look_up(packed, code_ptr, USE_ASM: tl.constexpr):
+    """Values of the high and of the low nibbles of bytes.  The twin without inline assembly is for the interpreter."""
+    if USE_ASM:
+        even, odd = tl.inline_asm_elementwise(
+            _ASSEMBLY,
+            _CONSTRAINTS,
+            [packed, tl.load(code_ptr + (lane_id() & 15))],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        index = packed.to(tl.int32)
+        even, odd = tl.load(code_ptr + (index >> 4)), tl.load(code_ptr + (index & 15))
+    return even, odd
 
 
 @triton.jit
@@ -32,6 +71,7 @@ def _dequantize_4bit_kernel(
     NESTED_BLOCK: tl.constexpr,
     QUANT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    USE_ASM: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
     # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
@@ -52,12 +92,9 @@ def _dequantize_4bit_kernel(
         NESTED_BLOCK,
     )[:, None]
     offs_byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    packed = tl.load(packed_ptr + first_block * HALF + offs_byte, mask=offs_byte < remaining_bytes, other=0).to(
-        tl.int32
-    )
-    even = tl.load(code_ptr + (packed >> 4)) * absmax
-    odd = tl.load(code_ptr + (packed & 15)) * absmax
-    values = tl.join(even, odd).reshape(ROWS, QUANT_BLOCK).to(out_ptr.dtype.element_ty)
+    packed = tl.load(packed_ptr + first_block * HALF + offs_byte, mask=offs_byte < remaining_bytes, other=0)
+    even, odd = _look_up(packed, code_ptr, USE_ASM)
+    values = tl.join(even * absmax, odd * absmax).reshape(ROWS, QUANT_BLOCK).to(out_ptr.dtype.element_ty)
     offs_out = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
 
@@ -88,6 +125,6 @@ def dequantize_4bit_triton(
         (-(-n // (blocksize * config.rows)), 1, 1),
         (A, absmax, absmax_8bit, absmax_code, absmax_offset, code_table(quant_type, A.device), out),
         (n, packed_length(n)),
-        (absmax_8bit is not None, NESTED_BLOCKSIZE, blocksize, config.rows),
+        (absmax_8bit is not None, NESTED_BLOCKSIZE, blocksize, config.rows, A.is_cuda),
         config,
     )
