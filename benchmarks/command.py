@@ -112,10 +112,13 @@ def measure_to_csv(
     common = environment(device, commit=options.commit)
     stem = report.file_stem(options.out, name, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
     rows: list[report.Row] = []
-    for row in rows_on(device):
-        rows.append({**row, **common})
-        print(line(row), flush=True)
-    if closing is not None:
-        print(closing(rows))
-    print(f"written: {report.write_csv(stem, rows)}")
+    try:
+        for row in rows_on(device):
+            rows.append({**row, **common})
+            print(line(row), flush=True)
+        if closing is not None:
+            print(closing(rows))
+    finally:  # what was measured before a gate refused, or somebody lost patience
+        if rows:
+            print(f"written: {report.write_csv(stem, rows)}")
     return 0

@@ -23,6 +23,7 @@ SHAPES = {
     "bloom-7b1": ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)),
     "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096)),
 }
+OUTPUT_LAYER = SHAPES["llama-2-7b"][-1]  # stays in 16 bits in every 4-bit model: no products with it
 FORMAT = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
 
 

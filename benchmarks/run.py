@@ -19,7 +19,7 @@ import torch
 from .command import add_trial_flag, measure_to_csv, parser_of
 from .compare import AGAIN, OURS, noise
 from .modules import MODULES
-from .operations import OPERATIONS, SHAPES, Measured, Provider, copy
+from .operations import OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy
 from .products import PRODUCTS
 from .report import Row
 from .rivals import with_rivals
@@ -68,7 +68,7 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[
     for op in options.op:
         if op in OPERATIONS:
             yield op, OPERATIONS[op](weight)
-        else:
+        elif tuple(weight.shape) != OUTPUT_LAYER:
             for m in options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS)):
                 measured = _WITH_ROWS[op](weight, m)
                 yield op, with_rivals(measured, weight) if options.all_rivals and op == "matmul" else measured
