@@ -35,10 +35,20 @@ def exact_product(x: Tensor, packed: Tensor, state: qkernels.QuantState, bias: T
 
 def assert_accurate(y: Tensor, x: Tensor, packed: Tensor, state: qkernels.QuantState, bias: Tensor | None = None):
     """The error against the exact product is at most that of torch's product with the decoded weight in 16 bits, in
-    root mean square, and twice that at its largest."""
+    root mean square, and twice that at its largest.
+
+    Both sides are random, so few results leave room for chance: a share of half an ulp, which rounding the exact
+    product would cost at most.
+    """
     exact = exact_product(x, packed, state, bias)
     decoded = qkernels.dequantize_4bit(packed, state).to(x.dtype)
     ours, torchs = ((result.double() - exact).abs() for result in (y, F.linear(x, decoded, bias)))
+    half_ulp = torch.finfo(x.dtype).eps / 2 * exact.abs()
+    chance = 2 / exact.numel() ** 0.5
     assert not y.isnan().any()
-    assert ours.square().mean().sqrt() <= 1.02 * torchs.square().mean().sqrt()
-    assert ours.max() <= 2 * torchs.max()
+    assert _rms(ours) <= 1.02 * _rms(torchs) + chance * _rms(half_ulp)
+    assert ours.max() <= 2 * torchs.max() + chance * half_ulp.max()
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()

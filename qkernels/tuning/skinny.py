@@ -55,13 +55,16 @@ def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: in
 # The most rows of x for which the fused product is taken.
 _LIMIT = {75: 32, 80: 32, 86: 32, 90: 32, 120: 32}
 
-# (tiles, row_warps, num_warps) by columns, from few rows a program to many.  Several small programs a multiprocessor
-# are faster than one large one: while one fills its table and waits for its first weights, another computes.
+# (tiles, row_warps, num_warps, least programs a multiprocessor) by columns, from few rows of W a program to many.  Two
+# programs a multiprocessor: while one fills its table and waits for its first weights, another computes.  From 17 rows
+# of x on, reading x for 16 rows of W at a time costs more than that gains.
 _SHAPES = {
-    8: ((1, 1, 8), (2, 1, 8)),
-    16: ((1, 1, 8), (2, 1, 8)),
-    32: ((1, 1, 8), (2, 1, 8), (3, 2, 8)),
+    8: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 8, 1.9), (2, 2, 8, 1.9)),
+    16: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 4, 1.9), (2, 2, 8, 1.9)),
+    32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.9), (2, 2, 4, 1.9)),
 }
+# With a long K and few rows of x a program of 16 rows takes more warps.
+_LONG_K, _LONG_WARPS = 8192, 16
 _STRIDE = 128
 
 
@@ -77,7 +80,7 @@ def skinny_limit(sm: int) -> int:
 
 @lru_cache(maxsize=4096)
 def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
-    """Configuration for x [M, K] and W [N, K].
+    """Configuration for x [M, K] and W [N, K]: the most rows of W a program that leave enough programs.
 
     Args:
         M: 1 to `skinny_limit(sm)`.
@@ -88,15 +91,13 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     """
     known = generation(sm)
     columns = next(columns for columns in _SHAPES if columns >= M)
-    best, best_rows = None, 0
-    for tiles, row_warps, num_warps in _SHAPES[columns]:
+    best = None
+    for tiles, row_warps, num_warps, programs in _SHAPES[columns]:
+        if (tiles, row_warps) == (1, 1) and M <= 4 and K >= _LONG_K:
+            num_warps = _LONG_WARPS
         shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
         config = SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
-        if config.rows > N or shared > SHARED_LIMIT_BYTES[known]:
-            continue
-        # Rows that the busiest multiprocessor computes; of equals the larger program, which reads x less often.
-        programs = -(-N // config.rows)
-        rows = -(-programs // _PROCESSORS[known]) * config.rows
-        if best is None or rows <= best_rows:
-            best, best_rows = config, rows
+        fits = config.rows <= N and shared <= SHARED_LIMIT_BYTES[known]
+        if fits and config.rows * programs * _PROCESSORS[known] <= N:
+            best = config
     return best
