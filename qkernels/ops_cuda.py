@@ -152,14 +152,16 @@ def _product_wgmma(
     A: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, bias: Tensor | None, *nested: Tensor | None
 ) -> Tensor:
     M, N, K, backward = product.M, product.N, product.K, product.backward
+    columns = K if backward else N
     x = _contiguous_and_aligned(A).view(M, -1)
-    out = torch.empty((M, K if backward else N), dtype=A.dtype, device=A.device)
+    out = torch.empty((*A.shape[:-1], columns), dtype=A.dtype, device=A.device)  # no view is returned: see `dense.py`
+    rows = out.view(M, columns)
     bias = bias if bias is None else bias.contiguous()
     config = wgmma_config(M, N, K, backward)
     blocksize = product.blocksize
     with _on_device_of(A):
-        matmul_wgmma_triton(x, B, (N, K), absmax, blocksize, quant_type, bias, out, config, *nested, backward=backward)
-    return out.view(*A.shape[:-1], -1)
+        matmul_wgmma_triton(x, B, (N, K), absmax, blocksize, quant_type, bias, rows, config, *nested, backward=backward)
+    return out
 
 
 def gemm_4bit_dx(

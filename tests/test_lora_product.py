@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qkernels import matmul_4bit, quantize_4bit
 from qlora.lora_product import add_lora
 
 
@@ -54,3 +55,18 @@ def test_the_update_is_added_in_place():
     out = add_lora(y, given["x"], given["A"], given["B"], 0.5)
     assert out.data_ptr() == y.data_ptr()
     assert not torch.equal(out, given["y"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 20, 100, 1000])
+def test_it_follows_every_implementation_of_the_product(rows):
+    """The update is added in place, which torch refuses where a product returns a view."""
+    packed, state = quantize_4bit(torch.randn(256, 512, device="cuda"), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(1, rows, 512, device="cuda", dtype=torch.float16, requires_grad=True)
+    A, B = (torch.randn(shape, device="cuda", requires_grad=True) for shape in ((8, 512), (256, 8)))
+    y = matmul_4bit(x, packed, state)
+    expected = y.double() + 0.5 * (x.double() @ A.half().double().t()) @ B.half().double().t()
+    out = add_lora(y, x, A, B, 0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-1)
+    out.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, A, B))

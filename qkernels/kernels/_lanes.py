@@ -159,7 +159,7 @@ def mma(a, x, FIRST: gl.constexpr, acc, KIND: gl.constexpr):
     return gl.inline_asm_elementwise(
         _MMA_SM75 if KIND == "sm_75" else (_MMA_BF16 if KIND == "bf16" else _MMA_F16),
         "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f",
-        a + (x[FIRST], x[FIRST + 1], x[FIRST + 2], x[FIRST + 3]) + acc,  # noqa: RUF005 (Triton has no unpacking)
+        a + (x[FIRST], x[FIRST + 1], x[FIRST + 2], x[FIRST + 3]) + acc,
         dtype=[gl.float32] * 4,
         is_pure=True,
         pack=1,
