@@ -47,9 +47,16 @@ def test_the_expected_error_by_another_integration(distribution, of, blocksize):
     assert theory.expected(distribution, "nf4", blocksize, False).mse == pytest.approx(error, rel=3e-3)
 
 
-def test_published_bounds():
+def test_the_bounds():
     # Max, "Quantizing for minimum distortion" (1960), table I: sixteen levels for the normal distribution.
     assert theory.unblocked_lloyd_max("normal") == pytest.approx(0.009497, rel=1e-3)
+    # The same by the normal distribution's own moments instead of fine bins, to more digits than Max had.
+    codes = stats.norm.ppf((np.arange(16) + 0.5) / 16)
+    for _ in range(5000):
+        edges = np.concatenate([[-np.inf], tables.midpoints(codes), [np.inf]])
+        codes = -np.diff(stats.norm.pdf(edges)) / np.diff(stats.norm.cdf(edges))
+    exact = 1 - (np.diff(stats.norm.pdf(edges)) ** 2 / np.diff(stats.norm.cdf(edges))).sum()
+    assert theory.unblocked_lloyd_max("normal") == pytest.approx(exact, rel=1e-5)
     # Evenly spaced cells are the best for the uniform distribution on [-1, 1]: (2 / 16)^2 / 12.
     assert theory.unblocked_lloyd_max("uniform") == pytest.approx((2 / 16) ** 2 / 12, rel=1e-3)
     for blocksize in (32, 64, 4096):

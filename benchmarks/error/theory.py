@@ -84,11 +84,8 @@ def best_table_mse(distribution: str, blocksize: int, codes: int = 16) -> float:
     edges = np.linspace(-1, 1, 1 << 15)
     u = (edges[:-1] + edges[1:]) / 2
     density = _density_of_u(of, absmax[:, None], u[None, :])
-    mass = (weight * absmax**2) @ density * (blocksize - 1) / blocksize
-    mass *= edges[1] - edges[0]
-    atom = (weight * absmax**2).sum() / (2 * blocksize)
-    u, mass = np.concatenate([[-1.0], u, [1.0]]), np.concatenate([[atom], mass, [atom]])
-    return _lloyd(u, mass, codes)
+    mass = (weight * absmax**2) @ density * np.diff(edges) * (blocksize - 1) / blocksize
+    return _lloyd(edges, mass, codes, atom=float((weight * absmax**2).sum() / (2 * blocksize)))
 
 
 def scaled_density(distribution: str, blocksize: int, u: Array) -> Array:
@@ -103,9 +100,8 @@ def unblocked_lloyd_max(distribution: str, codes: int = 16) -> float:
     """The classical Lloyd-Max quantizer: one table for all weights, no scale for each block."""
     of = DISTRIBUTIONS[distribution]
     end = min(of.largest, float(of.tail_quantile(np.array([1e-9]))[0]))
-    x = end * np.sinh(np.linspace(-6, 6, 1 << 16)) / np.sinh(6)
-    centre = (x[:-1] + x[1:]) / 2
-    return _lloyd(centre, of.density(centre) * np.diff(x), codes)
+    edges = end * np.sinh(np.linspace(-6, 6, 1 << 16)) / np.sinh(6)
+    return _lloyd(edges, of.density((edges[:-1] + edges[1:]) / 2) * np.diff(edges), codes)
 
 
 @dataclass(frozen=True)
@@ -202,18 +198,22 @@ def _largest_deviation(of: Distribution, blocksize: int, centre: float, tail: Ar
     return (low + high) / 2
 
 
-def _lloyd(u: Array, mass: Array, codes: int, steps: int = 3000) -> float:
-    """Lloyd's iteration on masses at ascending points; the mean squared error that it ends at."""
+def _lloyd(edges: Array, mass: Array, codes: int, atom: float = 0.0, steps: int = 5000) -> float:
+    """Lloyd's iteration on the masses of fine bins, and on two atoms at the ends; the mean squared error it ends at."""
+    u, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
     totals = [np.concatenate([[0.0], np.cumsum(mass * u**power)]) for power in range(3)]
-    companded = np.cumsum((mass / np.gradient(u)) ** (1 / 3) * np.gradient(u))
+    companded = np.cumsum((mass / width) ** (1 / 3) * width)
     table = np.interp((np.arange(codes) + 0.5) / codes * companded[-1], companded, u)
     error = np.inf
     for _ in range(steps):
-        cut = np.concatenate([[0], np.searchsorted(u, midpoints(table)), [len(u)]])
-        zeroth, first, second = (np.diff(total[cut]) for total in totals)
-        filled = zeroth > 0
-        table = np.where(filled, first / np.where(filled, zeroth, 1), table)
+        cut = np.concatenate([edges[:1], midpoints(table), edges[-1:]])
+        cells = [np.diff(np.interp(cut, edges, total)) for total in totals]
+        for power, cell in enumerate(cells):
+            cell[0] += atom * edges[0] ** power
+            cell[-1] += atom * edges[-1] ** power
+        zeroth, first, second = cells
+        table = first / zeroth
         before, error = error, float((second - 2 * table * first + table**2 * zeroth).sum())
-        if before - error < 1e-10 * error:
+        if before - error < 1e-9 * error:
             break
     return error
