@@ -165,7 +165,7 @@ def of_outputs(rows: list[Row]) -> list[Section]:
         if row["m"] in (few, many)
     ]
     text = (
-        f"y = x W^T on the {rows[0]['device'].upper()}, x normal, NF4 in blocks of 64 with double quantization, "
+        f"y = x W^T on a {'GPU' if rows[0]['device'] == 'cuda' else 'CPU'}, x normal, NF4 in blocks of 64 with double quantization, "
         "against float64; relative to the RMS of y. torch multiplies by the weight in 16 bits, unquantized."
     )
     head = ("weight", "dtype", "M", "by", "total", "quantization", "expected", "arithmetic", "expected of rounding")
