@@ -164,9 +164,10 @@ def of_outputs(rows: list[Row]) -> list[Section]:
         for row in rows
         if row["m"] in (few, many)
     ]
+    device = "GPU" if rows[0]["device"] == "cuda" else "CPU"
     text = (
-        f"y = x W^T on a {'GPU' if rows[0]['device'] == 'cuda' else 'CPU'}, x normal, NF4 in blocks of 64 with double quantization, "
-        "against float64; relative to the RMS of y. torch multiplies by the weight in 16 bits, unquantized."
+        f"y = x W^T on a {device}, x normal, NF4 in blocks of 64 with double quantization, against float64; "
+        "relative to the RMS of y. torch multiplies by the weight in 16 bits, unquantized."
     )
     head = ("weight", "dtype", "M", "by", "total", "quantization", "expected", "arithmetic", "expected of rounding")
     return [Section("A layer's output", text, "error-outputs.png", head, tuple(body))]
