@@ -1,7 +1,7 @@
 """What a small real model learns with LoRA on its 4-bit and on its 16-bit weights: held-out loss over the steps.
 
     python -m benchmarks.learning --out benchmarks/results --figure docs/figures/learning.png
-    python -m benchmarks.learning --from benchmarks/results/learning-....csv --figure docs/figures/learning.png
+    python -m benchmarks.learning --from benchmarks/results/learning-....csv --out . --figure docs/figures/learning.png
 
 SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, once
 on NF4 (double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source", type=Path, help="draw from this CSV, and measure nothing")
     add_data_flag(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
-    parser.add_argument("--texts", type=int, default=120, help="prompts to train on (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=130, help="prompts to train on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=24, help="prompts to measure on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="of 4 prompts (default: %(default)s)")
     parser.add_argument("--every", type=int, default=20, help="steps between two measurements (default: %(default)s)")
