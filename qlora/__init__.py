@@ -12,7 +12,7 @@ from qkernels.errors import UserError
 from .embedding4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from .integrations import peft as _peft  # noqa: F401  (registers)
 from .integrations.peft_init import InitReport, initialize_from_float
-from .integrations.transformers import NF4Config, dequantize_model, quantize_model
+from .integrations.transformers import NF4Config, as_bitsandbytes, dequantize_model, quantize_model
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .loading import load_pretrained_4bit, prepare_model_for_training
 from .lora import LoRALinear, apply_lora
@@ -39,6 +39,7 @@ __all__ = [
     "PrecisionPolicy",
     "UserError",
     "apply_lora",
+    "as_bitsandbytes",
     "choose_precision",
     "dequantize_model",
     "initialize_from_float",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,17 @@ def test_import_touches_no_gpu_and_no_environment():
         "import sys; assert 'transformers' not in sys.modules and 'bitsandbytes' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_row_of_the_compatibility_table_names_tests_that_exist():
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|") and "**" not in line][2:]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", row.rpartition(" | ")[2])
+        assert named, row
+        file = ""
+        for found, function in named:
+            file = found or file
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not function or f"def {function}(" in text, f"{file}::{function}"

@@ -6,8 +6,8 @@ registers the method "qkernels_nf4"; without that import transformers takes such
 `bitsandbytes_files.py` the same for what bitsandbytes wrote.
 """
 
-from . import bitsandbytes_files as _bitsandbytes_files  # noqa: F401  (registers)
+from .bitsandbytes_files import as_bitsandbytes
 from .config import NF4Config
 from .quantizer import dequantize_model, quantize_model
 
-__all__ = ["NF4Config", "dequantize_model", "quantize_model"]
+__all__ = ["NF4Config", "as_bitsandbytes", "dequantize_model", "quantize_model"]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
@@ -69,6 +71,45 @@ class BitsAndBytesQuantizer(NF4Quantizer):
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(BitsAndBytesNF4Config(quantization_config.to_dict()), **kwargs)
+
+
+def as_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
+    """Have `save_pretrained` write a 4-bit model as bitsandbytes would, for programs that know only that form (vLLM).
+
+    The tensors are the same in both forms; config.json then says `quant_method: bitsandbytes`.
+
+    Args:
+        model: loaded with NF4Config, or from a checkpoint of that or of bitsandbytes; changed in place.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: not such a model, or one with adapters on it.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, NF4Quantizer):
+        raise UserError(
+            "model",
+            expected="a model with 4-bit layers, without adapters",
+            got=f"a {type(model).__name__} that is not one",
+            remedy="Load it with NF4Config or load_pretrained_4bit; merge adapters first (qlora merge --onto 4bit).",
+        )
+    old = quantizer.quantization_config
+    if not isinstance(old, BitsAndBytesNF4Config):
+        config = BitsAndBytesNF4Config(
+            {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": old.quant_type,
+                "bnb_4bit_use_double_quant": old.compress_statistics,
+                "bnb_4bit_quant_storage": str(old.quant_storage).removeprefix("torch."),
+                "bnb_4bit_compute_dtype": str(old.compute_dtype or model.dtype).removeprefix("torch."),
+                # Names in full: bitsandbytes' list replaces what stays float by default, and reads patterns otherwise.
+                "llm_int8_skip_modules": [name for name, m in model.named_modules() if type(m) is nn.Linear],
+            }
+        )
+        quantizer.quantization_config = model.config.quantization_config = config
+    return model
 
 
 def is_4bit_of_bitsandbytes(fields: Mapping[str, Any]) -> bool:
