@@ -12,10 +12,12 @@ from importlib import metadata
 import torch
 
 from .bitsandbytes_backend import OPERATORS, reason_not_to
+from .dispatch import Capability, explain
 from .ops import SCHEMAS
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes")
 _PRODUCTS = ("gemm_4bit", "gemm_4bit_dx")
+_ROWS = (1, 16, 128, 512, 4096)
 
 
 def report() -> str:
@@ -50,9 +52,23 @@ def gpus() -> list[str]:
     ]
 
 
-def backends() -> dict[str, str]:
-    """For each operation what runs it on this machine's best device, and why."""
-    return {name: _backend(name) for name in SCHEMAS if "." not in name}
+def backends(capability: Capability | None = None) -> dict[str, str]:
+    """For each operation what runs it, and why; the products by rows of x, for Bloom-7B1's largest weight in float16.
+
+    Args:
+        capability: compute capability of a GPU; None is that of this machine's, or the CPU if it has none.
+    """
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    result = {}
+    for name in (name for name in SCHEMAS if "." not in name):
+        if name not in _PRODUCTS or capability is None or importlib.util.find_spec("triton") is None:
+            result[name] = _backend(capability)
+            continue
+        for rows in _ROWS:
+            choice = explain(rows, 16384, 4096, torch.float16, capability, backward=name.endswith("_dx"))
+            result[f"{name}, M={rows}"] = f"{choice.implementation}: {choice.reason}"
+    return result
 
 
 def bitsandbytes() -> str:
@@ -69,13 +85,11 @@ def bitsandbytes() -> str:
     return f"runs on these kernels for tensors on a GPU (entry point bitsandbytes.backends): {names}"
 
 
-def _backend(name: str) -> str:
+def _backend(capability: Capability | None) -> str:
     if importlib.util.find_spec("triton") is None:
         return "plain torch: Triton is not installed"
-    if not torch.cuda.is_available():
+    if capability is None:
         return "plain torch: no GPU; tensors on the CPU are handled by the reference"
-    if name in _PRODUCTS:
-        return "Triton kernel that decodes the weight, then torch's matrix product: tensors on a GPU"
     return "Triton kernel: tensors on a GPU"
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import save_tiny
 
-from qkernels import bitsandbytes_backend, env_report
+from qkernels import bitsandbytes_backend, env_report, explain
 
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
@@ -150,6 +150,15 @@ def test_the_report_says_why_bitsandbytes_keeps_its_own(monkeypatch, change, rea
     monkeypatch.setenv("QKERNELS_BITSANDBYTES", "1")
     change(monkeypatch)
     assert env_report.bitsandbytes().startswith(f"runs on its own kernels: {reason}")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_the_report_says_what_the_operators_choose(capability):
+    found = env_report.backends(capability)
+    choice = explain(16, 16384, 4096, torch.float16, capability)
+    assert found["gemm_4bit, M=16"] == f"{choice.implementation}: {choice.reason}"
+    assert found["quantize_4bit"].startswith("Triton kernel")
+    assert len({found[f"gemm_4bit, M={rows}"] for rows in (1, 16, 4096)}) > 1
 
 
 @pytest.mark.gpu
