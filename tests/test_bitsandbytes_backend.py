@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,12 @@ def test_one_variable_switches_it_off():
         """,
         switch="0",
     )
+
+
+def test_benchmarks_leave_the_rival_its_own_kernels():
+    check = "import benchmarks, os; assert os.environ['QKERNELS_BITSANDBYTES'] == '0'"
+    environment = {key: value for key, value in os.environ.items() if key != bitsandbytes_backend.VARIABLE}
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parent.parent, env=environment)
 
 
 @pytest.mark.parametrize(
