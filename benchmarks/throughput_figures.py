@@ -54,7 +54,9 @@ def matmul(rows: list[Row]) -> Figure:
     axes[len(shapes)].set_ylabel("% of the 4-bit product's roofline")
     axes[len(shapes)].set_ylim(0, 105)
     handles = {label: handle for handle, label in zip(*_legend(axes[: len(shapes)]), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, 2 * len(shapes)), fontsize=8
+    )
     return figure
 
 

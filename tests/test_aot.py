@@ -57,8 +57,12 @@ def test_a_spill_is_a_fault():
     assert aot.inspect(variant(_crowded_kernel, "fp32", 16384, num_warps=1), "sm_75").faults()[0].startswith("spills")
 
 
-def test_too_much_shared_memory_is_a_fault():
-    assert any("shared memory" in fault for fault in aot.inspect(variant(_dot_kernel, "fp32", 128), "sm_80").faults())
+def test_too_much_shared_memory_is_a_fault(monkeypatch):
+    # Two operands of 64 KiB, which an A100 has; a kernel too large for it would take a minute to compile.
+    planted = variant(_dot_kernel, "fp32", 128)
+    assert not any("shared memory" in fault for fault in aot.inspect(planted, "sm_80").faults())
+    monkeypatch.setitem(aot.SHARED_LIMIT_BYTES, 80, 64 * 1024)
+    assert any("131072 bytes of shared memory" in fault for fault in aot.inspect(planted, "sm_80").faults())
 
 
 def test_an_unknown_kernel_is_refused(capsys):

@@ -1,4 +1,4 @@
-"""When a step is captured and when not, with graphs that are none; tests/gpu/test_graphs.py has the real ones."""
+"""When a step is captured and when not, with graphs that are none; the real ones: tests/gpu/test_captured_steps.py."""
 
 from __future__ import annotations
 
