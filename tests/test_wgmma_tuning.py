@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -93,3 +95,8 @@ def test_its_table_is_beside_enough_of_other_shared_memory():
         assert resources.shared_bytes - 32768 > 48 * 1024
         assert not resources.faults()
         assert not resources.serialized
+
+
+def test_serialized_products_are_a_fault():
+    good = aot.inspect(wgmma_variant(64, "fp16", False, False), "sm_90")
+    assert dataclasses.replace(good, serialized=True).faults() == ["wgmma instructions are serialized"]
