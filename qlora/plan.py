@@ -14,6 +14,7 @@ from .arguments import LoraArguments, ModelArguments, PlanArguments, check_numbe
 from .config import Parser, parse
 from .gpus import Gpu, find_gpu
 from .memory import ASSUMPTIONS, PARTS, Run, plan
+from .optimize import graphs_by_default
 from .precision import choose_precision
 from .roofline import ASSUMPTIONS as TIME_ASSUMPTIONS
 from .roofline import step_time
@@ -118,13 +119,15 @@ def main(argv: Sequence[str]) -> None:
     model_arguments, lora, wanted = parse(parser, argv, check_numbers)
     gpu = find_gpu(wanted.gpu, wanted.memory_gib)
     policy = choose_precision(capability=gpu.capability)
-    shapes = shapes_of(meta_model(model_arguments.model_name_or_path, model_arguments.model_revision), lora)
+    model = meta_model(model_arguments.model_name_or_path, model_arguments.model_revision)
+    shapes = shapes_of(model, lora)
     run = Run(
         batch_size=1,
         length=wanted.max_length,
         dtype=policy.dtype,
         recompute=wanted.recompute,
         kept_blocks=wanted.kept_blocks,
+        graphs=graphs_by_default(model),
         double_quantization=model_arguments.use_bnb_nested_quant,
         capability=gpu.capability,
     )

@@ -13,7 +13,7 @@ from torch import nn
 from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
 from qlora.optimize import graphs as graphs_module
-from qlora.optimize import llama
+from qlora.optimize import graphs_by_default, llama
 from qlora.optimize.graphs import Graphs
 
 
@@ -210,7 +210,7 @@ def test_what_is_captured_of_llama_is_its_blocks(family, side, checkpointing, mo
         monkeypatch.setattr(
             Graphs, "__call__", lambda self, run, blocks, *inputs: (seen.append(inputs), run(*inputs))[1]
         )
-        model = prepare_model_for_training(optimize_model(tiny_model(family)), checkpointing).train()
+        model = prepare_model_for_training(optimize_model(tiny_model(family), graphs=True), checkpointing).train()
         model.model.layers.requires_grad_(True)
         out = model.model(tokens(), attention_mask=mask, use_cache=False).last_hidden_state
         (out * real).square().sum().backward()
@@ -226,9 +226,18 @@ def test_what_is_captured_of_llama_is_its_blocks(family, side, checkpointing, mo
 
 
 def test_a_slice_of_all_blocks_is_one_and_others_are_as_ever():
-    layers = optimize_model(tiny_model("llama")).model.layers
+    layers = optimize_model(tiny_model("llama"), graphs=True).model.layers
     assert len(layers[:2]) == 1
     assert list(layers[:1]) == [layers[0]]
     assert list(layers) == [layers[0], layers[1]]
     layers = optimize_model(tiny_model("llama"), graphs=False).model.layers
     assert list(layers[:2]) == [layers[0], layers[1]]
+
+
+@pytest.mark.parametrize(("family", "captured"), [("bloom", True), ("llama", False), ("mistral", False)])
+def test_who_is_captured_unasked(family, captured):
+    model = optimize_model(tiny_model(family))
+    assert graphs_by_default(model) is captured
+    assert model.graphed_decoding is captured
+    base = model.base_model
+    assert (getattr(base, "layers", base).graphs is not None) is captured
