@@ -27,15 +27,20 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a full-size Bloom with random weights, and of the prompts."""
-    default = ModelSize()
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Where the prompts are."""
     parser.add_argument(
         "--data",
         type=Path,
         default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
         help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
     )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a full-size Bloom with random weights, and of the prompts."""
+    default = ModelSize()
+    add_data_flag(parser)
     parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--layers", type=int, default=default.layers)

@@ -3,8 +3,8 @@
     python -m benchmarks.learning --out benchmarks/results --figure docs/figures/learning.png
     python -m benchmarks.learning --from benchmarks/results/learning-....csv --figure docs/figures/learning.png
 
-SmolLM2-135M on the prompts that come with qlora; the same adapters, texts, batches and learning rates, once on NF4
-(double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
+SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, once on
+NF4 (double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 from trl import SFTConfig, SFTTrainer
 
 from qkernels.errors import UserError
-from qlora.arguments import BUNDLED, DataArguments
+from qlora.arguments import DataArguments
 from qlora.checkpoint import atomic_file, check_writable
 from qlora.data import TEXT, load_texts
 from qlora.demo import MODEL, prepare_model
 from qlora.loading import load_pretrained_4bit
 from qlora.optimize import optimize_model
 
-from .command import parser_of
+from . import data
+from .command import add_data_flag, parser_of
 from .environment import environment
 from .report import Row, file_stem, write_csv
 
@@ -54,7 +55,8 @@ def rows_of(weights: str, folder: str, device: str, options: argparse.Namespace)
     """Train, and measure the held-out loss before, every `options.every` steps, and at the end."""
     torch.set_num_threads(options.threads)
     texts, held_out = load_texts(
-        DataArguments(dataset_name=BUNDLED, max_samples=options.texts, eval_samples=options.held_out), "prompt"
+        DataArguments(dataset_name=str(options.data), max_samples=options.texts, eval_samples=options.held_out),
+        data.TEXT_COLUMN,
     )
     set_seed(0)
     model = get_peft_model(
@@ -152,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> Path:
     """The CSV of both runs."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data.read_prompts(options.data)
     check_writable(options.out)
     common: dict[str, Any] = {
         "model": MODEL,
@@ -174,11 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("learning", __doc__)
     parser.add_argument("--figure", type=Path, help="draw the curves here")
     parser.add_argument("--from", dest="source", type=Path, help="draw from this CSV, and measure nothing")
+    add_data_flag(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--texts", type=int, default=120, help="prompts to train on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=24, help="prompts to measure on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="of 4 prompts (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=10, help="steps between two measurements (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=20, help="steps between two measurements (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     return parser
 
