@@ -56,18 +56,41 @@ class MetricsWriter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seconds += time.perf_counter() - self._step_began  # steps alone: no evaluation, no checkpoint
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if "loss" in logs:
             # TRL counts the tokens since the start of this process, padding left out.
             extra = {
                 "tokens_per_s": round((logs["num_tokens"] - self._tokens) / self._seconds, 1),
                 "peak_memory_gib": round(peak_memory_gib(), 3),
             }
+            scaler = getattr(optimizer, "scaler", None)
+            if scaler is not None:  # float16 only
+                extra["loss_scale"] = scaler.get_scale()
             self._tokens, self._seconds = logs["num_tokens"], 0.0
             logs |= extra
             state.log_history[-1] |= extra
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(state.log_history[-1]))
+
+
+class OverflowReport(TrainerCallback):
+    """Says which step was skipped because gradients overflowed under the loss scale (float16), and in which layer.
+
+    The gradient goes from the last layer to the first: the last one that has it in the model's order is where it began.
+    Gradients are looked at after a skipped step only, so that no other step waits for them.
+    """
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if not getattr(optimizer, "step_was_skipped", False):
+            return
+        trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        overflowed = [name for name, grad in trained if not grad.isfinite().all()]
+        where = f"begins in {overflowed[-1]} ({len(overflowed)} of {len(trained)})" if overflowed else "is gone already"
+        print(f"step {state.global_step + 1} skipped, the loss scale halved: the overflow of the gradient {where}")
 
 
 class ProgressBar(ProgressCallback):

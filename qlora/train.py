@@ -35,7 +35,7 @@ from .arguments import (
     lora_targets,
     precision_of,
 )
-from .callbacks import MetricsWriter, ProgressBar, peak_memory_gib
+from .callbacks import MetricsWriter, OverflowReport, ProgressBar, peak_memory_gib
 from .checkpoint import atomic_file, atomic_folder, check_writable, writing
 from .config import Parser, parse, resolved
 from .data import TEXT, load_texts, no_data_bars
@@ -164,6 +164,7 @@ def _run(trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: s
     start = [] if before_loss is None else [{"step": 0, "eval_loss": before_loss}]
     before = _samples(trainer, generation)
     trainer.add_callback(MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl", start))
+    trainer.add_callback(OverflowReport())
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressBar())
     print("training ...")
