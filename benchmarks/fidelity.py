@@ -203,9 +203,10 @@ def compare(folder: Path, precision: str, device: str, work: list[dict[str, Tens
     return rows
 
 
-def stability(folder: Path, device: str, work: list[dict[str, Tensor]], count: int) -> report.Row:
-    """Many float16 steps (float32 on a CPU): whether every loss is finite, and what the loss scale did."""
-    precision = "fp16" if device == "cuda" else "fp32"
+def stability(
+    folder: Path, device: str, work: list[dict[str, Tensor]], count: int, precision: str = "fp16"
+) -> report.Row:
+    """Many steps: whether every loss is finite, and what the loss scale did."""
     dtype = DTYPES[precision]
     steps = Steps(adapted(_optimized(folder, dtype, device), None), dtype, device)
     for number in range(count):
@@ -252,9 +253,10 @@ def run(options: argparse.Namespace) -> list[report.Row]:
     rows: list[report.Row] = []
     with tempfile.TemporaryDirectory(prefix="fidelity-") as scratch:
         for family, folder in save_models(Path(scratch), size, tokenizer).items():
-            for precision in ("fp16", "bf16") if device == "cuda" else ("fp32",):
+            for precision in options.precisions or (("fp16", "bf16") if device == "cuda" else ("fp32",)):
                 rows += [{**common, "family": family, **row} for row in compare(folder, precision, device, work)]
-            rows.append({**common, "family": family, **stability(folder, device, work, options.stability)})
+            first = options.precisions[0] if options.precisions else "fp16" if device == "cuda" else "fp32"
+            rows.append({**common, "family": family, **stability(folder, device, work, options.stability, first)})
     for row in rows:
         print(json.dumps({key: row[key] for key in _SHOWN if key in row}), flush=True)
     with atomic_file(stem.with_suffix(".jsonl")) as file:
@@ -295,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("fidelity", __doc__)
     add_data_flag(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: fp16 and bf16, fp32 on the CPU")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)

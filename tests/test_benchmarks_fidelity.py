@@ -57,5 +57,5 @@ def test_a_loss_that_is_not_finite_is_found(monkeypatch):
     monkeypatch.setattr(fidelity.Steps, "__call__", lambda self, batch: self.losses.append(float("nan")))
     monkeypatch.setattr(fidelity, "_optimized", lambda folder, dtype, device: None)
     monkeypatch.setattr(fidelity, "adapted", lambda model, state: torch.nn.Linear(1, 1))
-    row = fidelity.stability(Path(), "cpu", [{}], 2)
+    row = fidelity.stability(Path(), "cpu", [{}], 2, "fp32")
     assert row["verdict"] == "a loss is not finite"
