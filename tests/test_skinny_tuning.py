@@ -27,6 +27,16 @@ def test_every_configuration_can_be_launched(N, K, sm):
         assert used == config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
 
 
+def test_a_long_k_has_its_own_programs():
+    chosen = {M: skinny_config(M, 4096, 16384, 90) for M in (1, 8, 16, 32)}
+    assert {M: (config.tiles, config.row_warps, config.num_warps) for M, config in chosen.items()} == {
+        1: (1, 1, 16),
+        8: (2, 1, 8),
+        16: (2, 1, 8),
+        32: (2, 1, 8),
+    }
+
+
 def test_what_no_program_fits():
     assert skinny_config(1, 15, 4096, 90) is None
     assert skinny_config(1, 4096, 2**20, 90) is None

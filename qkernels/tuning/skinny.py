@@ -63,8 +63,8 @@ _SHAPES = {
     16: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 4, 1.9), (2, 2, 8, 1.9)),
     32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.9), (2, 2, 4, 1.9)),
 }
-# With a long K and few rows of x a program of 16 rows takes more warps.
-_LONG_K, _LONG_WARPS = 8192, 16
+# With a long K a program of 16 rows takes more warps where x has few rows, and one of 32 is enough where it has more.
+_LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 16, 0.9
 _STRIDE = 128
 
 
@@ -95,6 +95,8 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     for tiles, row_warps, num_warps, programs in _SHAPES[columns]:
         if (tiles, row_warps) == (1, 1) and M <= 4 and K >= _LONG_K:
             num_warps = _LONG_WARPS
+        if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
+            programs = _LONG_PROGRAMS
         shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
         config = SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
         fits = config.rows <= N and shared <= SHARED_LIMIT_BYTES[known]
