@@ -99,3 +99,12 @@ def llama(tmp_path: Path) -> Path:
     from models import save_tiny
 
     return save_tiny("llama", tmp_path / "llama")
+
+
+@pytest.fixture(scope="session")
+def prompts_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight prompts in the form of fka/awesome-chatgpt-prompts."""
+    file = tmp_path_factory.mktemp("data") / "prompts.csv"
+    texts = [f"I want you to act as number {number} of a row of speakers." for number in range(8)]
+    file.write_text("act,prompt\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)), encoding="utf-8")
+    return file

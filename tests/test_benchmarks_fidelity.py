@@ -14,14 +14,6 @@ from qlora.linear4bit import Linear4bit
 TINY = ["--layers", "2", "--hidden", "64", "--heads", "4", "--device", "cpu", "--steps", "3", "--stability", "4"]
 
 
-@pytest.fixture(scope="module")
-def prompts_csv(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "prompts.csv"
-    texts = [f"I want you to act as number {number} of a row of speakers." for number in range(8)]
-    file.write_text("act,prompt\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)), encoding="utf-8")
-    return file
-
-
 def run(prompts_csv: Path, out: Path) -> tuple[int, list[dict]]:
     pytest.importorskip("bitsandbytes")
     code = fidelity.main([*TINY, "--commit", "abc", "--data", str(prompts_csv), "--out", str(out)])

@@ -14,14 +14,6 @@ from benchmarks.jobs import Case, Job
 TINY = ["--layers", "2", "--hidden", "64", "--heads", "4", "--vocab", "512", "--device", "cpu", "--commit", "abc+"]
 
 
-@pytest.fixture(scope="module")
-def prompts_csv(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "prompts.csv"
-    texts = [f"I want you to act as number {number} of a row of speakers." for number in range(8)]
-    file.write_text("act,prompt\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)), encoding="utf-8")
-    return file
-
-
 def only(folder: Path, suffix: str) -> str:
     (file,) = folder.glob(f"*{suffix}")
     return file.read_text(encoding="utf-8")
