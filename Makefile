@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-interpreter test-gpu check format bench bench-compare bench-smoke figures readme clean
+.PHONY: demo test test-interpreter test-gpu check format bench bench-compare bench-smoke records figures readme clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/qlora demo
@@ -19,7 +20,7 @@ test-interpreter: $(VENV)/dev.stamp
 
 # On a machine with an NVIDIA GPU; leaves a record of the run (outcomes, versions, commit).
 test-gpu: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m gpu --slow --record benchmarks/results/gpu-tests.json
+	$(BIN)/python -m pytest -m gpu --slow --record $(RESULTS)/gpu-tests.json
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -44,6 +45,21 @@ bench-compare: $(VENV)/dev.stamp
 bench-smoke: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --all-rivals --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
+
+# Every record that needs an NVIDIA GPU, by the commands of docs/benchmarks.md, and what is made of them.  Give it the
+# data set: make records DATA=awesome_chatgpt_prompts.csv
+records: $(VENV)/dev.stamp
+	$(MAKE) test-gpu
+	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out $(RESULTS)
+	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --dtype float16 bfloat16 \
+		--out $(RESULTS)
+	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
+	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.plan_check --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.t4_recipe --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.fidelity --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.quant_error --level outputs --data $(DATA) --out $(RESULTS)
+	$(MAKE) figures readme
 
 # Figures, error page and README tables, from the records in benchmarks/results.
 figures: $(VENV)/dev.stamp
