@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import assert_bits_equal, gpu_reciprocal
+from skinny import assert_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels
@@ -144,7 +145,8 @@ def test_autocast_leaves_the_scales_in_float32():
     x = torch.randn(3, 64, device="cuda")
     with torch.autocast("cuda", torch.float16):
         y = qkernels.matmul_4bit(x, packed, state)
-    assert_bits_equal(y, F.linear(x.half(), qkernels.dequantize_4bit(packed, state).half()))
+    assert y.dtype == torch.float16
+    assert_accurate(y, x.half(), packed, state)
 
 
 def test_on_a_stream_of_the_callers():
