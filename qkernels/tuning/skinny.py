@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
-SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-# Multiprocessors of a T4, an A100, an RTX 3090, an H100, an RTX 5090; others of their kind are counted as these.
-_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 120: 170}
+SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Multiprocessors of a T4, an A100, an RTX 3090, an H100, a B200, an RTX 5090; others of their kind count as these.
+_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 
 
 class SkinnyConfig(NamedTuple):
     """Attributes:
-    columns: rows of x, M, that the kernel has room for: a multiple of 8.
+    columns: rows of x that a program takes, a multiple of 8; other programs take the others.
     tiles: tiles of 16 rows of W a warp.
     row_warps: warps that share the rows of a program; the others share K.
     num_warps: warps a program.
@@ -52,8 +52,10 @@ def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: in
     return -(-max(256 * stride + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
 
-# The most rows of x for which the fused product is taken.
-_LIMIT = {75: 32, 80: 32, 86: 32, 90: 32, 120: 32}
+# The most rows of x for which the fused product is taken; on an H100 more of them are the wgmma product's.  Elsewhere,
+# not measured but counted: decoding writes 2 bytes a weight and cuBLAS reads them, as much as eight readings of the
+# half byte, and from 33 rows on each 32 read W again.
+_LIMIT = {75: 128, 80: 128, 86: 128, 90: 32, 100: 128, 120: 128}
 
 # (tiles, row_warps, num_warps, least programs a multiprocessor) by columns, from few rows of W a program to many.  Two
 # programs a multiprocessor: while one fills its table and waits for its first weights, another computes.  From 17 rows
@@ -90,7 +92,7 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
         None where no program fits: N is below 16, or the scales of a whole row of W exceed shared memory.
     """
     known = generation(sm)
-    columns = next(columns for columns in _SHAPES if columns >= M)
+    columns = next((columns for columns in _SHAPES if columns >= M), max(_SHAPES))
     best = None
     for tiles, row_warps, num_warps, programs in _SHAPES[columns]:
         if (tiles, row_warps) == (1, 1) and M <= 4 and K >= _LONG_K:
