@@ -45,16 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        for path in make(options.results, options.out):
-            print(f"written: {path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except check.DisagreementError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return check.exit_code(lambda: write(options.results, options.out))
+
+
+def write(results: Path, out: Path) -> None:
+    """`make`, and say what was written."""
+    for path in make(results, out):
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

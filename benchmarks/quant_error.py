@@ -44,28 +44,23 @@ NORMAL_SHAPE = (1024, 4096)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line a case, write the records; 0, 1 if the theory is contradicted, 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
+    return check.exit_code(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        _check_count(options.count, max(options.blocksize))
-        check_writable(options.out)
-        weights.calibrate(options.format, device)
-        common = environment(device, commit=options.commit)
-        for level in options.level:
-            rows_of, line = LEVELS[level]
-            rows = []
-            for row in rows_of(options, device):
-                rows.append(row)
-                print(line(row), flush=True)
-            print(f"written: {records.write(options.out, level, rows, common)}")
-        for path in error_page.make(options.out, options.out):
-            print(f"written: {path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except check.DisagreementError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _check_count(options.count, max(options.blocksize))
+    check_writable(options.out)
+    weights.calibrate(options.format, device)
+    common = environment(device, commit=options.commit)
+    for level in options.level:
+        rows_of, line = LEVELS[level]
+        rows = []
+        for row in rows_of(options, device):
+            rows.append(row)
+            print(line(row), flush=True)
+        print(f"written: {records.write(options.out, level, rows, common)}")
+    error_page.write(options.out, options.out)
 
 
 def _check_count(count: int, blocksize: int) -> None:

@@ -8,7 +8,8 @@ right program one fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+
+from qkernels.errors import UserError
 
 from . import theory
 from .distributions import Array
@@ -33,6 +36,19 @@ ROUNDING_EXCESS = 2e-6
 
 class DisagreementError(Exception):
     """What was measured is not what the theory expects: the numbers must not be published."""
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do a command's work: 0, 1 where the theory is contradicted, 2 on wrong arguments; what went wrong is said."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @dataclass(frozen=True)
