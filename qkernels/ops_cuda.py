@@ -109,6 +109,14 @@ def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
 # launch.
 
 
+def _product(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, backward: bool) -> Product:
+    """What `dispatch.py` chooses by: x[M, K] W^T, or backward x[M, N] W."""
+    N, K = shapeB
+    M = x.numel() // max(1, N if backward else K)
+    aligned = B.data_ptr() % 16 == 0
+    return Product(M, N, K, x.dtype, capability_of(x.device.index), blocksize, backward, aligned)
+
+
 def gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -119,9 +127,7 @@ def gemm_4bit(
     bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
-    N, K = shapeB
-    M = A.numel() // max(1, K)
-    product = Product(M, N, K, A.dtype, capability_of(A.device.index), blocksize, False, B.data_ptr() % 16 == 0)
+    product = _product(A, B, shapeB, blocksize, backward=False)
     implementation = choose(product).implementation
     if implementation == SKINNY:
         return _gemm_4bit_skinny(A, B, product, absmax, quant_type, bias, *nested)
@@ -173,10 +179,7 @@ def gemm_4bit_dx(
     quant_type: str,
     *nested: Tensor | None,
 ) -> Tensor:
-    N, K = shapeB
-    M = grad.numel() // max(1, N)
-    aligned = B.data_ptr() % 16 == 0
-    product = Product(M, N, K, grad.dtype, capability_of(grad.device.index), blocksize, True, aligned)
+    product = _product(grad, B, shapeB, blocksize, backward=True)
     if choose(product).implementation == WGMMA:
         return _product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)

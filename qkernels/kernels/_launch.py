@@ -69,17 +69,15 @@ class Launcher:
         device = torch._C._cuda_getDevice()
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
         types = [None if pointer is None else pointer.dtype for pointer in pointers]
-        specialized = 0  # three bits a size, one a pointer; nearly always all pointers are aligned
+        specialized = 0  # three bits a size
         for size in sizes:
             specialized = specialized * 8 + (size % 16 == 0) + 2 * (size == 1) + 4 * (size >= 2**31)
         together = 0
         for address in addresses:
             together |= address or 0
-        if together % 16:
-            for address in addresses:
-                specialized = specialized * 2 + (address is not None and address % 16 != 0)
-            specialized = -specialized - 1
-        key = (device, specialized, config, constants, *types)
+        # Nearly always all pointers are aligned; only else it is looked at which are not.
+        misaligned = tuple((address or 0) % 16 != 0 for address in addresses) if together % 16 else ()
+        key = (device, specialized, misaligned, config, constants, *types)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self._first(grid, descriptors, pointers, scalars, config)
