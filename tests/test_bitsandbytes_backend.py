@@ -170,9 +170,9 @@ def test_the_report_says_what_the_operators_choose(capability):
 
 @pytest.mark.gpu
 def test_on_the_gpu_the_bits_are_bitsandbytes_own(tmp_path):
-    """The same script with its kernels and with ours; the product may differ by rounding."""
+    """The same script with its kernels and with ours; the product may differ by rounding, but be no less exact."""
     script = """
-        import sys
+        import copy, sys
         from qkernels import bitsandbytes_backend
         import bitsandbytes as bnb, bitsandbytes.functional as F, torch
         bitsandbytes_backend.register()
@@ -181,9 +181,13 @@ def test_on_the_gpu_the_bits_are_bitsandbytes_own(tmp_path):
         packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         x = torch.randn(7, 1024, device="cuda", dtype=torch.float16)
         index, scales = F.quantize_blockwise(weight.float())
+        product = bnb.matmul_4bit(x, packed, state)
+        exact_state = copy.copy(state)
+        exact_state.dtype = torch.float32
+        exact = x.double() @ F.dequantize_4bit(packed, exact_state).double().t()
         torch.save({
             "packed": packed, "absmax": state.absmax, "decoded": F.dequantize_4bit(packed, state), "index": index,
-            "blockwise": F.dequantize_blockwise(index, scales), "product": bnb.matmul_4bit(x, packed, state),
+            "blockwise": F.dequantize_blockwise(index, scales), "error": (product - exact).norm() / exact.norm(),
             "ours": len(bitsandbytes_backend.registered),
         }, sys.argv[1])
     """
@@ -193,6 +197,6 @@ def test_on_the_gpu_the_bits_are_bitsandbytes_own(tmp_path):
         results.append(torch.load(tmp_path / switch))
     ours, theirs = results
     assert (ours.pop("ours"), theirs.pop("ours")) == (len(bitsandbytes_backend.OPERATORS), 0)
-    torch.testing.assert_close(ours.pop("product"), theirs.pop("product"))
+    assert ours.pop("error") <= theirs.pop("error") < 1e-3
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name

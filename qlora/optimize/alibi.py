@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 # The fused kernels load biases in 16-byte vectors: the rows of a bias must start on one.
 _ALIGNED_KEYS = 16
+_ALIGNED_SIZE = 8
 
 
 class AttentionBias(NamedTuple):
@@ -112,11 +113,11 @@ def alibi_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBi
     Returns:
         [batch, heads, queries, size] in the dtype of the query.
     """
-    if query.is_cuda and query.dtype == torch.float32:
-        # The fused kernel's gradients are further from the exact ones than those of the plain formula, up to six times.
-        # Training on a GPU is in 16 bits; float32 is for checks, so it is exact rather than lean.
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias.bias
-        return F.dropout(scores.softmax(dim=-1), dropout) @ value
+    if query.is_cuda and (query.dtype == torch.float32 or query.shape[-1] % _ALIGNED_SIZE):
+        # In float32 the fused kernel's gradients are further from the exact ones than those of the plain formula.
+        # Training on a GPU is in 16 bits; float32 is for checks, so it is exact rather than lean.  In 16 bits there is
+        # no fused kernel for heads of other sizes.
+        return _plain_attention(query, key, value, bias, dropout)
     if not bias.causal:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.bias, dropout_p=dropout)
     # The operator that scaled_dot_product_attention calls for a bias on a GPU (compute capability 5.0 and later), which
@@ -126,6 +127,14 @@ def alibi_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBi
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, expanded, wants_grad, dropout, True, scale=query.shape[-1] ** -0.5
     )[0]
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBias, dropout: float) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias.bias
+    if bias.causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ value
 
 
 def _same_text(position_ids: Tensor) -> Tensor:

@@ -82,8 +82,11 @@ class Blocks(nn.ModuleList):
     graphs: Graphs | None = None
 
     def __getitem__(self, index: Any) -> Any:
-        is_all = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
-        return [self._all] if is_all and self.graphs is not None else super().__getitem__(index)
+        # In this order: torch.compile, which captures nothing here, cannot trace `slice.indices`.
+        captures = self.graphs is not None and not torch.compiler.is_compiling() and isinstance(index, slice)
+        if captures and index.indices(len(self)) == (0, len(self), 1):
+            return [self._all]
+        return super().__getitem__(index)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self.graphs is not None:

@@ -59,7 +59,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["bloom", "llama"])
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
 def test_a_captured_step_has_the_same_gradients(family, dropout, recompute, dtype):
     by_graph, plain = (tuned(graphs, dtype, recompute, dropout, family) for graphs in (True, False))
     # What is dropped depends on an element's number, which padding changes: with dropout whole buckets only.
@@ -84,15 +84,22 @@ def test_weights_that_change_are_seen():
 
 
 def test_an_adapter_that_is_switched_off_is_noticed():
-    model = tuned(True, dropout=0.0)
+    by_graph, plain = tuned(True, dropout=0.0), tuned(False, dropout=0.0)
+    ids = tokens(2, 50).cuda()
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits.float()
+
     for seed in range(3):
-        with_adapter = gradients(model, seed)[0]
-    assert captured(model) == 1
-    with model.disable_adapter():
-        ids = tokens(2, 50).cuda()
-        without = model(input_ids=ids, labels=ids).loss
-    assert (without - with_adapter).abs() > 1e-3
-    torch.testing.assert_close(gradients(model, 0)[0], with_adapter)
+        gradients(by_graph, seed)
+    assert captured(by_graph) == 1
+    with by_graph.disable_adapter(), plain.disable_adapter():
+        without = logits(by_graph)
+        torch.testing.assert_close(without, logits(plain), rtol=1e-2, atol=1e-2)
+    with_adapter = logits(by_graph)
+    torch.testing.assert_close(with_adapter, logits(plain), rtol=1e-2, atol=1e-2)
+    assert (with_adapter - without).norm() > 0.02 * without.norm()
 
 
 def test_an_embedding_that_is_trained_too():

@@ -30,8 +30,8 @@ def fused(query, key, value, bias):
 class Case:
     """Inputs of one attention; the float64 result is the truth."""
 
-    def __init__(self, dtype: torch.dtype, padding: str, length: int) -> None:
-        batch, heads, size = 2, 6, 128
+    def __init__(self, dtype: torch.dtype, padding: str, length: int, size: int = 128) -> None:
+        batch, heads = 2, 6
         mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
         if padding != "none":
             mask[1, slice(None, length // 2) if padding == "left" else slice(length // 2, None)] = 0
@@ -44,7 +44,7 @@ class Case:
 
     def run(self, attention, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and gradient in float64; rows of padding, which nobody reads, are zero."""
-        inputs = self.inputs.to(dtype or self.inputs.dtype).requires_grad_()
+        inputs = self.inputs.to(dtype or self.inputs.dtype, copy=True).requires_grad_()
         output = attention(*(part.transpose(1, 2) for part in inputs.unbind(3)), bias=self.bias)
         output.backward(self.upstream.to(output.dtype))
         return (output.detach() * self.real).double(), inputs.grad.double()
@@ -70,6 +70,11 @@ def test_attention_with_alibi(dtype, padding, length):
         assert case.bias.bias.shape[2] == 1
         for found, wanted in zip(case.run(alibi_attention), case.truth, strict=True):
             assert (found - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_heads_that_no_fused_kernel_takes(padding):
+    assert Case(torch.float16, padding, 130, size=12).is_as_exact_as_plain(alibi_attention)
 
 
 def test_the_fused_kernel_is_not_exact_enough_in_float32():
