@@ -142,11 +142,14 @@ def packed_layer(kind: type[torch.nn.Module], weight: torch.Tensor) -> torch.nn.
     """A 4-bit linear layer, ours or bitsandbytes', with `weight` quantized on its device.
 
     The parameter is exchanged, as transformers does when it loads: `load_state_dict` would quantize a float32 copy, and
-    bitsandbytes would decode to float32 ever after.
+    bitsandbytes would decode to float32 ever after.  The layer is made without a weight: drawing a random one on the
+    host takes longer than everything that is timed with it.
     """
-    layer: Any = kind(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    layer: Any = kind(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
     parameter = type(layer.weight)
-    layer.weight = parameter(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = parameter(weight, requires_grad=False, quant_type="nf4", module=layer)
     return layer.to(weight.device)
 
 

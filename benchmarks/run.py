@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 
 import torch
+
+import qkernels
 
 from .command import add_trial_flag, measure_to_csv, parser_of
 from .compare import AGAIN, OURS, noise
 from .modules import MODULES
-from .operations import OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy
+from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy
+from .precompile import compile_all, learned
 from .products import PRODUCTS
 from .report import Row
 from .rivals import with_rivals
@@ -40,28 +45,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
-    shapes = {"trial": ((64, 128),)} if options.smoke else SHAPES
-    measured_shapes: list[tuple[int, int]] = []
-    for model, model_shapes in shapes.items():
-        for shape in model_shapes:
-            if shape in measured_shapes:  # of an earlier model too
-                continue
-            measured_shapes.append(shape)
-            for name in options.dtype:
-                weights = [
-                    0.02 * torch.randn(shape, device=device, dtype=getattr(torch, name)) for _ in range(ROTATION)
-                ]
-                base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": name}
-                bandwidth: dict[str, float] = {}
-                twice = len(measured_shapes) == 1
-                for row in _measure("copy", copy(weights[0]), weights, twice):
-                    bandwidth[row["method"]] = row["gbps"]
-                    yield {**base, **row, "percent_of_copy": 100.0}
-                for op, measured in _cases(options, weights[0]):
-                    for row in _measure(op, measured, weights, twice):
-                        known = bandwidth.get(row["method"])
-                        share = 100 * row["gbps"] / known if known and row["status"] == "ok" else None
-                        yield {**base, **row, "percent_of_copy": share}
+    shapes = _shapes(options)
+    if device == "cuda":
+        _compile_ahead(options, shapes)
+    for shape, model in shapes.items():
+        for name in options.dtype:
+            weights = [0.02 * torch.randn(shape, device=device, dtype=getattr(torch, name)) for _ in range(ROTATION)]
+            base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": name}
+            bandwidth: dict[str, float] = {}
+            twice = shape == next(iter(shapes))
+            for row in _measure("copy", copy(weights[0]), weights, twice):
+                bandwidth[row["method"]] = row["gbps"]
+                yield {**base, **row, "percent_of_copy": 100.0}
+            for op, measured in _cases(options, weights[0]):
+                for row in _measure(op, measured, weights, twice):
+                    known = bandwidth.get(row["method"])
+                    share = 100 * row["gbps"] / known if known and row["status"] == "ok" else None
+                    yield {**base, **row, "percent_of_copy": share}
+
+
+def _shapes(options: argparse.Namespace) -> dict[tuple[int, int], str]:
+    """Shape of each weight -> the first model that has it."""
+    if options.smoke:
+        return {(64, 128): "trial"}
+    found: dict[tuple[int, int], str] = {}
+    for model, shapes in SHAPES.items():
+        for shape in shapes:
+            found.setdefault(shape, model)
+    return found
+
+
+def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
+    return options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS))
+
+
+def _compile_ahead(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
+    """Our kernels, on all cores: one after the other, at their first launches, they take longer than the timing."""
+    rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
+    with learned() as compilations:
+        for shape, name in product(shapes, options.dtype):
+            weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
+            packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+            qkernels.dequantize_4bit(packed, state)
+            for m in rows if shape != OUTPUT_LAYER else ():
+                qkernels.matmul_4bit(weight.new_empty(m, shape[1]), packed, state)
+                qkernels.matmul_4bit_dx(weight.new_empty(m, shape[0]), packed, state)
+    begin = time.perf_counter()
+    compile_all(compilations)
+    print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[str, Measured]]:
@@ -69,7 +100,7 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[
         if op in OPERATIONS:
             yield op, OPERATIONS[op](weight)
         elif tuple(weight.shape) != OUTPUT_LAYER:
-            for m in options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS)):
+            for m in _rows_of(op, options):
                 measured = _WITH_ROWS[op](weight, m)
                 yield op, with_rivals(measured, weight) if options.all_rivals and op == "matmul" else measured
 
