@@ -14,7 +14,7 @@ from .arguments import LoraArguments, ModelArguments, PlanArguments, check_numbe
 from .config import Parser, parse
 from .gpus import Gpu, find_gpu
 from .memory import ASSUMPTIONS, PARTS, Run, plan
-from .optimize import graphs_by_default
+from .optimize import can_optimize
 from .precision import choose_precision
 from .roofline import ASSUMPTIONS as TIME_ASSUMPTIONS
 from .roofline import step_time
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         dtype=policy.dtype,
         recompute=wanted.recompute,
         kept_blocks=wanted.kept_blocks,
-        graphs=graphs_by_default(model),
+        graphs=can_optimize(model),
         double_quantization=model_arguments.use_bnb_nested_quant,
         capability=gpu.capability,
     )

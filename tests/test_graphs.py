@@ -13,7 +13,7 @@ from torch import nn
 from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
 from qlora.optimize import graphs as graphs_module
-from qlora.optimize import graphs_by_default, llama
+from qlora.optimize import llama
 from qlora.optimize.graphs import Graphs
 
 
@@ -234,10 +234,10 @@ def test_a_slice_of_all_blocks_is_one_and_others_are_as_ever():
     assert list(layers[:2]) == [layers[0], layers[1]]
 
 
-@pytest.mark.parametrize(("family", "captured"), [("bloom", True), ("llama", False), ("mistral", False)])
-def test_who_is_captured_unasked(family, captured):
-    model = optimize_model(tiny_model(family))
-    assert graphs_by_default(model) is captured
-    assert model.graphed_decoding is captured
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
+def test_it_is_captured_unless_told_otherwise(family, graphs):
+    model = optimize_model(tiny_model(family), **({} if graphs else {"graphs": False}))
+    assert model.graphed_decoding is graphs
     base = model.base_model
-    assert (getattr(base, "layers", base).graphs is not None) is captured
+    assert (getattr(base, "layers", base).graphs is not None) is graphs

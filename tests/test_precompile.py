@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-
 import triton
 from triton.backends.compiler import GPUTarget
 

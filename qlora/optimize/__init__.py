@@ -18,7 +18,7 @@ from .decoding import GeneratingModel
 from .graphs import Graphs
 from .recompute import RECOMPUTE, RecomputedBlock
 
-__all__ = ["RECOMPUTE", "can_optimize", "graphs_by_default", "optimize_model"]
+__all__ = ["RECOMPUTE", "can_optimize", "optimize_model"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Exchange = Mapping[Any, Any]
@@ -34,7 +34,7 @@ def optimize_model(
     recompute: str = "block",
     kept_blocks: int = 0,
     offload: bool = False,
-    graphs: bool | None = None,
+    graphs: bool = True,
 ) -> _Module:
     """Make a language model faster and smaller in training and generation; what it computes stays the same.
 
@@ -55,7 +55,7 @@ def optimize_model(
         kept_blocks: so many of the last blocks recompute nothing, whatever `recompute` says.
         offload: what is kept for recomputation lies in pinned host memory.
         graphs: on a GPU, the blocks' part of a training step is replayed as CUDA graphs from the second batch of a size
-            on, and the step of `generate` likewise where it has a static cache.  None is `graphs_by_default`.
+            on, and the step of `generate` likewise where it has a static cache.
 
     Returns:
         `model`.
@@ -94,7 +94,6 @@ def optimize_model(
             block.mlp.gelu_impl = nn.GELU(approximate="tanh")
     if attention and not is_bloom:
         base.set_attn_implementation("sdpa")
-    graphs = graphs_by_default(base) if graphs is None else graphs
     for module in base.modules():
         if isinstance(module, bloom.BloomModel):
             module.graphs = Graphs() if graphs else None
@@ -111,14 +110,6 @@ def optimize_model(
         if isinstance(block, llama.Block):
             block.casts = not autocast
     return model
-
-
-def graphs_by_default(model: nn.Module) -> bool:
-    """Whether `optimize_model` captures the model's steps unasked: Bloom's.
-
-    Llama's and Mistral's are captured on request only, until a GPU has shown them equal to the steps launch by launch.
-    """
-    return any(isinstance(module, bloom.MODEL) for module in model.modules())
 
 
 def can_optimize(model: nn.Module) -> bool:
