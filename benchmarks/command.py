@@ -17,12 +17,12 @@ from .checkpoint import ModelSize
 from .environment import ROOT, environment
 
 
-def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+def parser_of(name: str, description: str | None, out_required: bool = True) -> argparse.ArgumentParser:
     """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, required=out_required, help="folder for the results")
     parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser
 

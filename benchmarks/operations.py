@@ -25,6 +25,7 @@ SHAPES = {
 }
 OUTPUT_LAYER = SHAPES["llama-2-7b"][-1]  # stays in 16 bits in every 4-bit model: no products with it
 FORMAT = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
+BLOCKWISE = 256  # of the 8-bit codes: what double quantization uses for the scales
 
 
 class GateError(AssertionError):
@@ -51,6 +52,11 @@ class Measured:
 def stored_bytes(n: int) -> float:
     """Codes, 8-bit scales and the scales of the scales of `n` weights."""
     return n * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+
+
+def blockwise_bytes(n: int) -> float:
+    """8-bit codes and float32 scales of `n` weights."""
+    return n * (1 + 4 / BLOCKWISE)
 
 
 def on_packed(quantize_4bit: Callable[..., Any], use: Callable[[Any, Any], object]) -> Provider:
@@ -104,6 +110,41 @@ def dequantize(weight: torch.Tensor) -> Measured:
     return Measured(int(weight.nbytes + stored_bytes(weight.numel())), providers)
 
 
+def quantize_blockwise(weight: torch.Tensor) -> Measured:
+    """8-bit codes and scales of a weight, in the blocks that scales are quantized in."""
+    ours, our_state = qkernels.quantize_blockwise(weight, blocksize=BLOCKWISE)
+    theirs, their_state = bnb.quantize_blockwise(weight, blocksize=BLOCKWISE)
+    if weight.is_cuda:  # bitsandbytes' CPU path searches the 8-bit map in another way than its kernels
+        _must_be_equal("8-bit codes", ours, theirs)
+    _must_be_equal("scales of 8-bit codes", our_state.absmax, their_state.absmax)
+    return Measured(
+        int(weight.nbytes + blockwise_bytes(weight.numel())),
+        {
+            "qkernels": lambda w: lambda: qkernels.quantize_blockwise(w, blocksize=BLOCKWISE),
+            "bitsandbytes": lambda w: lambda: bnb.quantize_blockwise(w, blocksize=BLOCKWISE),
+        },
+    )
+
+
+def dequantize_blockwise(weight: torch.Tensor) -> Measured:
+    """The weight's dtype again, from 8-bit codes and scales."""
+    index, state = qkernels.quantize_blockwise(weight, blocksize=BLOCKWISE)
+    bnb_state = bnb.QuantState(state.absmax, code=state.code, blocksize=BLOCKWISE, dtype=weight.dtype)
+    decoded = qkernels.dequantize_blockwise(index, state)
+    _must_be_equal("decoded 8-bit codes", decoded, bnb.dequantize_blockwise(index, bnb_state))
+
+    def of(library: Any) -> Provider:
+        def make(w: torch.Tensor) -> Call:
+            index, state = library.quantize_blockwise(w, blocksize=BLOCKWISE)
+            return lambda: library.dequantize_blockwise(index, state)
+
+        return make
+
+    return Measured(
+        int(weight.nbytes + blockwise_bytes(weight.numel())), {"qkernels": of(qkernels), "bitsandbytes": of(bnb)}
+    )
+
+
 def copy(weight: torch.Tensor) -> Measured:
     """Read and write the weight: the bandwidth that the other operations are held against."""
 
@@ -114,13 +155,25 @@ def copy(weight: torch.Tensor) -> Measured:
     return Measured(bytes=2 * weight.nbytes, providers={"torch": call})
 
 
+def peak(weight: torch.Tensor, size: int) -> Measured:
+    """A square product in the weight's dtype: the matrix rate that the other products are held against."""
+    x, w = (torch.randn(size, size, device=weight.device, dtype=weight.dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    return Measured(3 * x.nbytes, {"torch": lambda _: lambda: torch.matmul(x, w, out=out)}, 2 * size**3, size)
+
+
 def compile_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled afresh: from the second shape on torch would make sizes dynamic, and after eight give up."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-OPERATIONS: dict[str, Callable[[torch.Tensor], Measured]] = {"quantize": quantize, "dequantize": dequantize}
+OPERATIONS: dict[str, Callable[[torch.Tensor], Measured]] = {
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "quantize_blockwise": quantize_blockwise,
+    "dequantize_blockwise": dequantize_blockwise,
+}
 
 
 def _must_be_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

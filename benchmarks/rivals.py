@@ -1,76 +1,143 @@
-"""Rivals of the product that are not always there: each is timed, or listed with the reason why it cannot run.
+"""Rivals that are not always there: each is timed, or listed with the reason why it cannot run.
 
-bitsandbytes and torch's own product stand in the operations themselves, since nothing is measured without them.
+bitsandbytes and torch's own product stand in the operations themselves, since nothing is measured without them.  A new
+rival of an operation is one entry in `_finders`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from triton.errors import TritonError
 
 import qkernels
 
+from . import int4
 from .operations import FORMAT, GateError, Measured, Provider, compile_afresh
 from .timing import Call
 
-# Another quantization of the scales differs by this order; another code by far more.
+# A product in 16 bits is off by this order; one with another weight by far more.
 CLOSE = 0.02
+# How much less exact than ours another 4-bit weight may be, as RMS error: a wrong code table is off by far more.
+LESS_EXACT = 1.1
 BLOCKSIZE, SCALES_BLOCKSIZE = 64, 256
 
 TORCHAO, COMPILED = "torchao, NF4Tensor", "torch.compile of plain torch"
+WITH_RIVALS = ("quantize", "dequantize", "matmul")
 
 
-def with_rivals(measured: Measured, weight: torch.Tensor) -> Measured:
-    """The product `measured` on a weight, with further rivals, or the reasons why they are missing.
+class Rival(NamedTuple):
+    """Attributes:
+    make: the call for a weight.
+    decoded: what the weight measured first decodes to in the rival's format.
+    """
+
+    make: Provider
+    decoded: torch.Tensor
+
+
+def with_rivals(op: str, measured: Measured, weight: torch.Tensor) -> Measured:
+    """An operation measured on a weight, with further rivals, or the reasons why they are missing.
 
     Raises:
         GateError: a rival computes something else.
     """
     x = torch.randn(measured.m or 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    packed, state = qkernels.quantize_4bit(weight, **FORMAT)
-    ours = qkernels.matmul_4bit(x, packed, state).double()
+    ours = _relative(qkernels.dequantize_4bit(*qkernels.quantize_4bit(weight, **FORMAT)), weight)
     providers, missing = dict(measured.providers), dict(measured.missing)
-    for name, found in {TORCHAO: _torchao(x, weight), COMPILED: _plain_torch(x)}.items():
+    for name, find in _finders(op, x, weight).items():
+        try:
+            found = find()
+            result = None if isinstance(found, str) else found.make(weight)()
+        except (ImportError, RuntimeError, TritonError) as error:  # it does not fit these versions or this GPU
+            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(found, str):
             missing[name] = found
             continue
-        error = ((found(weight)() - ours).norm() / ours.norm()).item()  # type: ignore[operator]
-        if not error < CLOSE:
-            raise GateError(f"y of {name} differs from ours by {100 * error:.1f}%")
-        providers[name] = found
+        if not (theirs := _relative(found.decoded, weight)) < LESS_EXACT * ours:
+            raise GateError(f"the weight of {name} is off by {100 * theirs:.1f}%, ours by {100 * ours:.1f}%")
+        if op == "quantize":
+            result = result.get_original_weight()  # type: ignore[attr-defined]
+        expected = x.double() @ found.decoded.double().t() if op == "matmul" else found.decoded
+        if not (error := _relative(result, expected)) < CLOSE:
+            raise GateError(f"{name} differs by {100 * error:.1f}% from what its weight gives")
+        providers[name] = found.make
     return replace(measured, providers=providers, missing=missing)
 
 
-def _torchao(x: torch.Tensor, weight: torch.Tensor) -> Provider | str:
-    """NF4 with 8-bit scales too, but its own: evenly spaced codes for the scales, so it decodes to other values."""
+def _finders(op: str, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], Rival | str]]:
+    use = {"quantize": _as_it_is, "dequantize": _decode, "matmul": _multiply_by(x)}[op]
+    found: dict[str, Callable[[], Rival | str]] = {TORCHAO: lambda: _torchao(weight, use)}
+    if op == "dequantize":
+        found[COMPILED] = lambda: _plain_torch(weight, decode)
+    if op == "matmul":
+        found[COMPILED] = lambda: _plain_torch(weight, decode_and_multiply, x)
+        found |= {name: partial(_int4, kernel, x, weight) for name, kernel in int4.KERNELS.items()}
+    return found
+
+
+def _int4(kernel: Callable[..., Provider | str], x: torch.Tensor, weight: torch.Tensor) -> Rival | str:
+    found = kernel(x, weight)
+    return found if isinstance(found, str) else Rival(found, int4.decode(int4.quantize(weight)))
+
+
+def _relative(result: Any, expected: torch.Tensor) -> float:
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _torchao(weight: torch.Tensor, use: Callable[[Callable[[], Any]], Call]) -> Rival | str:
+    """NF4 with 8-bit scales too, but its own: evenly spaced codes for the scales, so it decodes to other values.
+
+    Args:
+        use: from what quantizes a weight to the call that is timed.
+    """
     if find_spec("torchao") is None:
         return "torchao is not installed (pip install torchao)"
     if weight.numel() % (BLOCKSIZE * SCALES_BLOCKSIZE):
         return f"torchao takes multiples of {BLOCKSIZE * SCALES_BLOCKSIZE} weights only"
     from torchao.quantization import NF4Tensor
 
-    def make(weight: torch.Tensor) -> Call:
-        quantized = NF4Tensor.from_tensor(weight, BLOCKSIZE, SCALES_BLOCKSIZE)
+    def quantize(w: torch.Tensor) -> Any:
+        return NF4Tensor.from_tensor(w, BLOCKSIZE, SCALES_BLOCKSIZE)
+
+    return Rival(lambda w: use(lambda: quantize(w)), quantize(weight).get_original_weight())
+
+
+def _as_it_is(quantize: Callable[[], Any]) -> Call:
+    return quantize
+
+
+def _decode(quantize: Callable[[], Any]) -> Call:
+    quantized = quantize()
+    return lambda: quantized.get_original_weight()
+
+
+def _multiply_by(x: torch.Tensor) -> Callable[[Callable[[], Any]], Call]:
+    def use(quantize: Callable[[], Any]) -> Call:
+        quantized = quantize()
         return lambda: F.linear(x, quantized)
 
-    return make
+    return use
 
 
-def _plain_torch(x: torch.Tensor) -> Provider | str:
-    """Decoding by look-ups in plain torch and the product, left to inductor to fuse."""
-    if not x.is_cuda:
+def _plain_torch(weight: torch.Tensor, function: Callable[..., torch.Tensor], *before: torch.Tensor) -> Rival | str:
+    """Decoding by look-ups in plain torch, left to inductor to fuse with what follows."""
+    if not weight.is_cuda:
         return "inductor would need a C++ compiler on a CPU"
-    run = compile_afresh(decode_and_multiply)
+    run = compile_afresh(function)
 
     def make(weight: torch.Tensor) -> Call:
         packed, state = qkernels.quantize_4bit(weight, **FORMAT)
-        arguments = (packed.view(-1), state.code, *_scales(state), weight.shape)
-        return lambda: run(x, *arguments)
+        arguments = (*before, packed.view(-1), state.code, *_scales(state), weight.shape, weight.dtype)
+        return lambda: run(*arguments)
 
-    return make
+    return Rival(make, qkernels.dequantize_4bit(*qkernels.quantize_4bit(weight, **FORMAT)))
 
 
 def _scales(state: qkernels.QuantState) -> tuple[torch.Tensor, ...]:
@@ -79,8 +146,7 @@ def _scales(state: qkernels.QuantState) -> tuple[torch.Tensor, ...]:
     return state.absmax, state.state2.code, state.state2.absmax, state.offset
 
 
-def decode_and_multiply(
-    x: torch.Tensor,
+def decode(
     packed: torch.Tensor,
     table: torch.Tensor,
     scale_index: torch.Tensor,
@@ -88,9 +154,15 @@ def decode_and_multiply(
     scale_absmax: torch.Tensor,
     offset: torch.Tensor,
     shape: torch.Size,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x W^T in plain torch, W [N, K] in NF4 with double quantization, blocks of 64 and 256."""
+    """W[N, K] in plain torch, from NF4 with double quantization, blocks of 64 and 256."""
     index = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1, BLOCKSIZE)
     of_scale = scale_absmax.repeat_interleave(SCALES_BLOCKSIZE)[: scale_index.numel()]
     absmax = scale_table[scale_index.int()] * of_scale + offset
-    return F.linear(x, (table[index.int()] * absmax[:, None]).to(x.dtype).view(shape))
+    return (table[index.int()] * absmax[:, None]).to(dtype).view(shape)
+
+
+def decode_and_multiply(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+    """x W^T in plain torch, W as `decode` takes it."""
+    return F.linear(x, decode(*weight))

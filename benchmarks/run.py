@@ -1,7 +1,8 @@
 """Time the kernels beside bitsandbytes, in one process on the same inputs.
 
-    python -m benchmarks.run --op dequantize --op quantize --out benchmarks/results
-    python -m benchmarks.run --op matmul --op matmul_dx --op lora --out benchmarks/results
+    python -m benchmarks.run --op dequantize --op quantize --gpu-record
+    python -m benchmarks.run --op matmul --op matmul_dx --op lora --gpu-record
+    python -m benchmarks.run --op matmul --all-rivals --shape 4096x4096 --m 1 --m 256 --out /tmp/rivals
     python -m benchmarks.run --op dequantize --smoke --out /tmp/trial        # small, also on a CPU
 
 `docs/benchmarks.md` says what is measured and how.
@@ -21,13 +22,14 @@ import torch
 import qkernels
 
 from .command import add_trial_flag, measure_to_csv, parser_of
-from .compare import AGAIN, OURS, noise
+from .compare import AGAIN, OURS, RESULTS, noise
+from .gauges import Clock, peak_mib
 from .modules import MODULES
-from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy
+from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy, peak
 from .precompile import compile_all, learned
 from .products import PRODUCTS
 from .report import Row
-from .rivals import with_rivals
+from .rivals import WITH_RIVALS, with_rivals
 from .timing import Call, Timing, flushed, graph, host, wall
 
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
@@ -36,43 +38,65 @@ ROTATION = 8
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _ROWS_OF = {"lora": (128, 2048), "linear4bit": (1,)}
 _WITH_ROWS = {**PRODUCTS, **MODULES}
+# Rows and columns of the product that shows the matrix peak; of a trial's.
+PEAK_SIZE, _TRIAL_PEAK_SIZE = 8192, 64
+_BLANK: Row = dict.fromkeys(
+    (*Timing.__dataclass_fields__, "gbps", "tflops", "peak_mib", "sm_mhz", "implementation"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write a CSV; 0, or 2 on wrong arguments."""
-    options = _parser().parse_args(arguments)
-    return measure_to_csv(options, "-".join(options.op), lambda device: _rows(options, device), _line, _noise)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.gpu_record and (options.smoke or options.out):
+        parser.error("--gpu-record writes a measurement to benchmarks/results: without --smoke and --out")
+    if not (options.gpu_record or options.out):
+        parser.error("one of --out and --gpu-record is required")
+    options.out = options.out or RESULTS
+    name = "-".join(["rivals", *options.op] if options.all_rivals else options.op)
+    return measure_to_csv(options, name, lambda device: _rows(options, device), _line, _noise)
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     shapes = _shapes(options)
     if device == "cuda":
         _compile_ahead(options, shapes)
-    for shape, model in shapes.items():
-        for name in options.dtype:
-            weights = [0.02 * torch.randn(shape, device=device, dtype=getattr(torch, name)) for _ in range(ROTATION)]
-            base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": name}
-            bandwidth: dict[str, float] = {}
-            twice = shape == next(iter(shapes))
-            for row in _measure("copy", copy(weights[0]), weights, twice):
-                bandwidth[row["method"]] = row["gbps"]
-                yield {**base, **row, "percent_of_copy": 100.0}
-            for op, measured in _cases(options, weights[0]):
-                for row in _measure(op, measured, weights, twice):
-                    known = bandwidth.get(row["method"])
-                    share = 100 * row["gbps"] / known if known and row["status"] == "ok" else None
-                    yield {**base, **row, "percent_of_copy": share}
+    peaks: dict[tuple[str, str], float] = {}
+    with Clock() as clock:
+        for number, (shape, model) in enumerate(shapes.items()):
+            for dtype in options.dtype:
+                weights = [
+                    0.02 * torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(ROTATION)
+                ]
+                base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": dtype}
+                copies: dict[str, float] = {}
+                for op, measured in _cases(options, weights[0], first=number == 0):
+                    for row in _measure(op, measured, weights, twice=number == 0, clock=clock):
+                        if op == "copy":
+                            copies[row["method"]] = row["gbps"]
+                        if op == "peak":
+                            peaks[dtype, row["method"]] = row["tflops"]
+                        shares = {
+                            "percent_of_copy": _share(row["gbps"], copies.get(row["method"])),
+                            "percent_of_peak": _share(row["tflops"], peaks.get((dtype, row["method"]))),
+                        }
+                        yield {**base, **row, **shares}
+
+
+def _share(rate: float | None, highest: float | None) -> float | None:
+    return 100 * rate / highest if rate and highest else None
 
 
 def _shapes(options: argparse.Namespace) -> dict[tuple[int, int], str]:
-    """Shape of each weight -> the first model that has it."""
+    """Shape -> the first model that has such a weight."""
     if options.smoke:
         return {(64, 128): "trial"}
-    found: dict[tuple[int, int], str] = {}
+    known: dict[tuple[int, int], str] = {}
     for model, shapes in SHAPES.items():
         for shape in shapes:
-            found.setdefault(shape, model)
-    return found
+            known.setdefault(shape, model)
+    return {shape: known.get(shape, "given") for shape in options.shape} if options.shape else known
 
 
 def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
@@ -95,33 +119,55 @@ def _compile_ahead(options: argparse.Namespace, shapes: Iterable[tuple[int, int]
     print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
 
 
-def _cases(options: argparse.Namespace, weight: torch.Tensor) -> Iterator[tuple[str, Measured]]:
+def _cases(options: argparse.Namespace, weight: torch.Tensor, first: bool) -> Iterator[tuple[str, Measured]]:
+    """The copy, the matrix peak once a dtype, and what is asked for."""
+    yield "copy", copy(weight)
+    if first and set(options.op) & _WITH_ROWS.keys():
+        yield "peak", peak(weight, _TRIAL_PEAK_SIZE if options.smoke else PEAK_SIZE)
     for op in options.op:
+        rivals = options.all_rivals and op in WITH_RIVALS
         if op in OPERATIONS:
-            yield op, OPERATIONS[op](weight)
+            measured = OPERATIONS[op](weight)
+            yield op, with_rivals(op, measured, weight) if rivals else measured
         elif tuple(weight.shape) != OUTPUT_LAYER:
             for m in _rows_of(op, options):
                 measured = _WITH_ROWS[op](weight, m)
-                yield op, with_rivals(measured, weight) if options.all_rivals and op == "matmul" else measured
+                yield op, with_rivals(op, measured, weight) if rivals else measured
 
 
-def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bool) -> Iterator[Row]:
+def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bool, clock: Clock) -> Iterator[Row]:
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, reason in measured.missing.items():
         row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
-        yield {**row, **dict.fromkeys((*Timing.__dataclass_fields__, "gbps")), **sizes}
+        yield {**row, **_BLANK, **sizes}
     for provider, make in _timed(measured, twice):
         calls = [make(weight) for weight in weights]
+        fixed = {
+            "peak_mib": peak_mib(calls[0], weights[0].device),
+            "implementation": _implementation(op, provider, measured.m, weights[0]),
+        }
         for method in _methods(op, weights[0]):
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
             reason = _not_capturable(provider, op) if method == "graph" else None
             if reason is not None:
-                blank = dict.fromkeys((*Timing.__dataclass_fields__, "gbps"))
-                yield {**row, "status": "not run", "reason": reason, **blank, **sizes}
+                yield {**row, "status": "not run", "reason": reason, **_BLANK, **sizes}
                 continue
             timing = _time(method, calls)
-            gbps = measured.bytes / timing.median_us / 1e3
-            yield {**row, "status": "ok", "reason": None, **asdict(timing), "gbps": gbps, **sizes}
+            rates: Row = {
+                "gbps": measured.bytes / timing.median_us / 1e3,
+                "tflops": measured.flops / timing.median_us / 1e6,
+            }
+            rates["sm_mhz"] = clock.mhz()
+            yield {**row, "status": "ok", "reason": None, **asdict(timing), **rates, **fixed, **sizes}
+
+
+def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor) -> str | None:
+    """Which of our kernels computes a product; None for what is no single product of ours."""
+    if op not in ("matmul", "matmul_dx", "linear4bit") or provider not in (OURS, AGAIN):
+        return None
+    assert m is not None
+    rows, columns = weight.shape
+    return qkernels.explain(m, rows, columns, weight.dtype, weight.device, backward=op == "matmul_dx").implementation
 
 
 def _timed(measured: Measured, twice: bool) -> Iterator[tuple[str, Provider]]:
@@ -145,7 +191,7 @@ def _time(method: str, calls: list[Call]) -> Timing:
 
 def _not_capturable(provider: str, op: str) -> str | None:
     """Why a provider cannot be in a CUDA graph; None when it can."""
-    if op != "quantize":
+    if op not in ("quantize", "quantize_blockwise"):
         return None
     if provider == "bitsandbytes":
         return "its quantizer launches on the legacy default stream, which a graph cannot capture"
@@ -165,19 +211,28 @@ def _line(row: Row) -> str:
         result = (
             f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
             + (f"{row['percent_of_copy']:4.0f}% of copy" if row["percent_of_copy"] else "")
+            + (f" {row['percent_of_peak']:4.0f}% of peak" if row["percent_of_peak"] else "")
         )
     return f"{row['op']:10} {shape:28} {row['method'] or '':8} {row['provider']:35} {result}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("run", __doc__)
+    parser = parser_of("run", __doc__, out_required=False)
     add_trial_flag(parser)
+    parser.add_argument(
+        "--gpu-record", action="store_true", help=f"a record to be committed: into {RESULTS}, and on a GPU only"
+    )
     parser.add_argument(
         "--op", action="append", choices=[*OPERATIONS, *_WITH_ROWS], required=True, help="repeat it for several"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
     parser.add_argument(
-        "--all-rivals", action="store_true", help="for matmul: torchao and torch.compile too, slow to set up"
+        "--shape", action="append", type=_shape, help="rows x columns of a weight, 4096x4096; default: both models'"
+    )
+    parser.add_argument(
+        "--all-rivals",
+        action="store_true",
+        help=f"for {', '.join(WITH_RIVALS)}: further ones, which must be installed or are slow to set up",
     )
     parser.add_argument(
         "--m",
@@ -186,6 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of activations; repeat it; default 1 to 4096, lora 128 and 2048, linear4bit 1",
     )
     return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 if __name__ == "__main__":

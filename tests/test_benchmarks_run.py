@@ -14,6 +14,7 @@ import bitsandbytes
 import qkernels
 import qlora
 from benchmarks import operations, products, run
+from qkernels import dispatch
 
 
 def test_a_trial_leaves_a_row_for_each_provider(tmp_path, capsys):
@@ -50,13 +51,62 @@ def test_products_are_tried_too(tmp_path):
     flags = [flag for op in ops for flag in ("--op", op)]
     assert run.main([*flags, "--m", "3", "--dtype", "float32", "--smoke", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("matmul-matmul_dx-lora-linear4bit-*.csv")
-    rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["op"] != "copy"]
+    rows = [row for row in csv.DictReader(path.open(encoding="utf-8")) if row["op"] not in ("copy", "peak")]
     assert {row["op"] for row in rows if row["provider"] == "qkernels"} == set(ops)
     assert {row["m"] for row in rows} == {"3"}
     # 64x128 float32 weights in 4 bits, 3 rows of 64 + 128 activations.
     expected = int(8192 * (1 / 2 + 1 / 64 + 4 / 16384)) + 3 * (64 + 128) * 4
     assert {int(row["bytes"]) for row in rows if row["op"] == "matmul"} == {expected}
     assert {int(row["flops"]) for row in rows if row["op"] == "matmul_dx"} == {2 * 3 * 8192}
+    for row in rows:
+        assert float(row["tflops"]) == pytest.approx(int(row["flops"]) / float(row["median_us"]) / 1e6)
+    assert {row["implementation"] for row in rows if row["op"] == "matmul"} == {"", dispatch.REFERENCE}
+
+
+def test_shares_are_of_the_copy_and_of_the_matrix_peak_of_the_same_run(tmp_path):
+    assert run.main(["--op", "matmul", "--m", "3", "--smoke", "--out", str(tmp_path)]) == 0
+    rows = list(csv.DictReader(next(tmp_path.glob("*.csv")).open(encoding="utf-8")))
+    best = {op: next(row for row in rows if row["op"] == op) for op in ("copy", "peak")}
+    assert int(best["peak"]["flops"]) == 2 * int(best["peak"]["m"]) ** 3
+    for row in rows[1:]:
+        assert float(row["percent_of_peak"]) == pytest.approx(
+            100 * float(row["tflops"]) / float(best["peak"]["tflops"])
+        )
+        assert float(row["percent_of_copy"]) == pytest.approx(100 * float(row["gbps"]) / float(best["copy"]["gbps"]))
+
+
+def test_blockwise_8_bit_is_tried_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path):
+    flags = ["--op", "quantize_blockwise", "--op", "dequantize_blockwise", "--smoke", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    rows = list(csv.DictReader(next(tmp_path.glob("*.csv")).open(encoding="utf-8")))
+    # 64x128 float16 weights, a byte each of codes, a float32 scale for 256.
+    assert {int(row["bytes"]) for row in rows if row["op"] != "copy"} == {int(8192 * (2 + 1 + 4 / 256))}
+    right = qkernels.dequantize_blockwise
+    monkeypatch.setattr(qkernels, "dequantize_blockwise", lambda index, state: right(index, state) * 2)
+    with pytest.raises(operations.GateError, match="decoded 8-bit codes differ"):
+        operations.dequantize_blockwise(torch.randn(64, 128))
+
+
+def test_other_shapes_may_be_given(monkeypatch):
+    parse = run._parser().parse_args
+    assert run._shapes(parse(["--op", "quantize", "--shape", "4096x4096", "--shape", "8x64"])) == {
+        (4096, 4096): "bloom-7b1",
+        (8, 64): "given",
+    }
+    assert (32000, 4096) in run._shapes(parse(["--op", "quantize"]))
+
+
+@pytest.mark.parametrize("flags", [["--gpu-record", "--smoke"], ["--gpu-record", "--out", "x"], []])
+def test_a_record_goes_to_one_place(flags, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--op", "quantize", *flags])
+    assert "--gpu-record" in capsys.readouterr().err
+
+
+def test_a_record_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--op", "quantize", "--gpu-record"]) == 2
+    assert "no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("op", "name"), [("matmul", "matmul_4bit"), ("matmul_dx", "matmul_4bit_dx")])

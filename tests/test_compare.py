@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
 
 import qkernels
-from benchmarks import compare, plotting, products, readme, rivals, run, throughput_figures
+from benchmarks import compare, int4, operations, plotting, readme, rivals, run, throughput_figures
 from benchmarks.operations import FORMAT, GateError
 from benchmarks.report import read_csv, write_csv
 
@@ -89,9 +89,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_a_run_times_the_same_code_twice_and_lists_who_is_missing(tmp_path, capsys):
     flags = ["--op", "matmul", "--m", "3", "--dtype", "float32", "--smoke", "--all-rivals", "--out", str(tmp_path)]
     assert run.main(flags) == 0
-    (path,) = tmp_path.glob("matmul-*.csv")
+    (path,) = tmp_path.glob("rivals-matmul-*.csv")
     rows = read_csv(path)
-    assert {row["provider"] for row in rows} >= {compare.OURS, compare.AGAIN, rivals.COMPILED, rivals.TORCHAO}
+    listed = {row["provider"] for row in rows}
+    assert listed >= {compare.OURS, compare.AGAIN, rivals.COMPILED, rivals.TORCHAO, *int4.KERNELS}
     compiled = next(row for row in rows if row["provider"] == rivals.COMPILED)
     assert (compiled["status"], compiled["median_us"]) == ("not run", None)
     assert "C++ compiler" in compiled["reason"]
@@ -102,21 +103,48 @@ def test_plain_torch_decodes_as_the_library_does():
     weight = 0.02 * torch.randn(64, 640)  # 640 scales: two and a half blocks of them
     x = torch.randn(3, 640)
     packed, state = qkernels.quantize_4bit(weight, **FORMAT)
-    y = rivals.decode_and_multiply(x, packed.view(-1), state.code, *rivals._scales(state), weight.shape)
+    parts = (packed.view(-1), state.code, *rivals._scales(state), weight.shape, weight.dtype)
+    y = rivals.decode_and_multiply(x, *parts)
     torch.testing.assert_close(y, x @ qkernels.dequantize_4bit(packed, state).t())
 
 
 def test_a_rival_that_computes_something_else_is_not_timed(monkeypatch):
     weight = torch.randn(64, 128)
-    monkeypatch.setattr(rivals, "_torchao", lambda x, w: lambda weight: lambda: 1.05 * (x @ weight.t()))
-    with pytest.raises(GateError, match="torchao, NF4Tensor differs from ours"):
-        rivals.with_rivals(products.matmul(weight, 2), weight)
+    decoded = qkernels.dequantize_4bit(*qkernels.quantize_4bit(weight, **FORMAT))
+    measured = operations.dequantize(weight)
+    for rival, message in (
+        (rivals.Rival(lambda w: lambda: 1.05 * decoded, decoded), "torchao, NF4Tensor differs by 5.0%"),
+        (rivals.Rival(lambda w: lambda: 1.05 * decoded, 1.05 * decoded), "the weight of torchao, NF4Tensor is off"),
+    ):
+        monkeypatch.setattr(rivals, "_torchao", lambda w, use, rival=rival: rival)
+        with pytest.raises(GateError, match=message):
+            rivals.with_rivals("dequantize", measured, weight)
+
+
+def test_a_rival_that_fails_is_listed_with_its_reason(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(rivals, "_torchao", fails)
+    weight = torch.randn(64, 128)
+    measured = rivals.with_rivals("dequantize", operations.dequantize(weight), weight)
+    assert measured.missing[rivals.TORCHAO] == "RuntimeError: no kernel image"
+    assert rivals.TORCHAO not in measured.providers
+
+
+def test_int4_rounds_to_the_nearest_of_sixteen_values():
+    weight = torch.randn(8, 192)
+    quantized = int4.quantize(weight)
+    assert quantized.codes.max() == 15
+    assert quantized.codes.min() == 0
+    off = (int4.decode(quantized) - weight).abs().view(8, 3, 64).amax(-1)
+    assert (off <= 0.5001 * quantized.scales).all()
 
 
 def test_a_rival_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
-    assert "not installed" in rivals._torchao(torch.randn(1, 128), torch.randn(64, 128))
+    assert "not installed" in rivals._torchao(torch.randn(64, 128), rivals._decode)
 
 
 def test_the_share_of_the_roofline():

@@ -1,0 +1,62 @@
+"""What stands beside a time: the memory that a call takes, and the GPU's clock while it was measured."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from types import TracebackType
+
+import torch
+
+from .timing import Call
+
+PERIOD_MS = 200  # of the clock's samples; asking more often would disturb what is measured
+
+
+def peak_mib(call: Call, device: torch.device) -> float | None:
+    """MiB that one call holds at most above what was held before it, its result included; None on a CPU.
+
+    torch's own count: what a library allocates past torch's allocator is not in it.
+    """
+    if device.type != "cuda":
+        return None
+    call()  # compiles, tunes, and allocates what stays
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+class Clock:
+    """The SM clock of the first GPU, as nvidia-smi samples it beside the measurements."""
+
+    def __init__(self) -> None:
+        self._mhz: float | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Clock:
+        if torch.cuda.is_available() and shutil.which("nvidia-smi") is not None:
+            query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+            self._process = subprocess.Popen([*query, f"-lms={PERIOD_MS}"], stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def mhz(self) -> float | None:
+        """The last sample; None where nothing tells it."""
+        return self._mhz
+
+    def _follow(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip().isdigit():  # and not "[N/A]", as virtual GPUs answer
+                self._mhz = float(line)
