@@ -31,28 +31,37 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On an NVIDIA GPU; elsewhere small sizes, as a trial.
+# On an NVIDIA GPU, and then held against the records; elsewhere small sizes, as a trial.
 bench: $(VENV)/dev.stamp
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/bench.json
+	if nvidia-smi >/dev/null 2>&1; then $(MAKE) bench-compare; fi
 
-# The kernels timed anew beside bitsandbytes, and their ratios held against the committed record of the same GPU.
+# What the README's tables of kernels show, timed anew beside bitsandbytes; the ratios are held against the committed
+# records of the same GPU.
 bench-compare: $(VENV)/dev.stamp
 	rm -rf build/bench
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out build/bench
+	$(BIN)/python -m benchmarks.run --op matmul --shape 12288x4096 --out build/bench \
+		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
 
 bench-smoke: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --all-rivals --smoke --out build/smoke
+	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --op quantize_blockwise \
+		--op dequantize_blockwise --all-rivals --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
 
 # Every record that needs an NVIDIA GPU, by the commands of docs/benchmarks.md, and what is made of them.  Give it the
 # data set: make records DATA=awesome_chatgpt_prompts.csv
 records: $(VENV)/dev.stamp
 	$(MAKE) test-gpu
-	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out $(RESULTS)
+	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op quantize_blockwise --op dequantize_blockwise \
+		--gpu-record
 	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --dtype float16 bfloat16 \
-		--out $(RESULTS)
+		--gpu-record
+	$(PIP) -e '.[peers]'
+	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
+		$(foreach m,1 16 128 1024,--m $(m)) --gpu-record
 	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
 	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.plan_check --data $(DATA) --out $(RESULTS)

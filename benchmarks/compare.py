@@ -70,16 +70,16 @@ def compare(before: list[Row], after: list[Row]) -> tuple[list[str], bool]:
 
 
 def record_for(rows: list[Row], results: Path) -> Path | None:
-    """The newest committed record that has a case in common with these rows, of the same GPU."""
+    """The committed record with most cases in common with these rows, of the same GPU; of several the newest."""
     cases = set(ratios(rows))
     found = []
     for path in results.glob("*.csv"):
         known = read_csv(path)
         if "provider" not in known[0] or "method" not in known[0] or known[0]["gpu"] != rows[0]["gpu"]:
             continue
-        if cases & set(ratios(known)):
-            found.append((str(known[0]["date"]), path))
-    return max(found)[1] if found else None
+        if common := cases & set(ratios(known)):
+            found.append((len(common), str(known[0]["date"]), path))
+    return max(found)[-1] if found else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,16 +87,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="CSV that benchmarks.run has just made")
-    parser.add_argument("--record", type=Path, help="the CSV to hold it against; default: the newest that fits")
+    parser.add_argument("runs", metavar="run", type=Path, nargs="+", help="CSVs that benchmarks.run has just made")
+    parser.add_argument("--record", type=Path, help="the CSV to hold them against; default: of each the one that fits")
     options = parser.parse_args(arguments)
-    after = read_csv(options.run)
-    record = options.record or record_for(after, RESULTS)
+    return max(_compare_run(run, options.record) for run in options.runs)
+
+
+def _compare_run(run: Path, record: Path | None) -> int:
+    after = read_csv(run)
+    record = record or record_for(after, RESULTS)
     if record is None:
         print(f"error: no record in {RESULTS} has these cases on {after[0]['gpu'] or 'a CPU'}.", file=sys.stderr)
         return 2
     lines, fine = compare(read_csv(record), after)
-    print(f"{options.run.name} against {record.name}:", *lines, sep="\n  ")
+    print(f"{run.name} against {record.name}:", *lines, sep="\n  ")
     return 0 if fine else 1
 
 

@@ -51,7 +51,7 @@ DRAWN = {
     "error-outputs.png": Drawn("error-outputs-*.csv", figures.outputs, lambda row: True),
     "error-model.png": Drawn("error-model-*.csv", figures.model, lambda row: True),
     "learning.png": Drawn("learning-*.csv", learning.curves, lambda row: True),
-    "throughput-matmul.png": Drawn("*matmul*.csv", throughput_figures.matmul, throughput_figures.is_product),
+    "throughput-matmul.png": Drawn("matmul*.csv", throughput_figures.matmul, throughput_figures.is_product),
 }
 DEFINED: dict[str, Callable[[], Figure]] = {"code-tables.png": figures.code_tables, "cosine.png": figures.cosine}
 

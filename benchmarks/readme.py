@@ -18,7 +18,7 @@ from pathlib import Path
 from .environment import ROOT
 from .error.sections import markdown_table
 from .figures import RESULTS, newest
-from .readme_tables import errors, exercise, kernels, matmul, training
+from .readme_tables import errors, exercise, kernels, matmul, rivals, training
 from .report import Row
 
 README = ROOT / "README.md"
@@ -30,6 +30,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "training": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", training),
     "kernels": (("dequantize-quantize-*.csv",), "python -m benchmarks.run --op dequantize --op quantize", kernels),
     "matmul": (("matmul*.csv",), "python -m benchmarks.run --op matmul", matmul),
+    "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
     "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", errors),
 }

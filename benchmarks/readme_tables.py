@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from .compare import AGAIN
 from .error.figures import NAMES
 from .error.sections import percent, with_interval
 from .error.weights import POOLED
@@ -66,6 +67,24 @@ def matmul(rows: list[Row]) -> Table:
         speed = f"{times[THEIRS] / times[OURS]:.2f}x" if {OURS, THEIRS} <= times.keys() else ""
         body.append((str(m), *(f"{times[one]:.1f}" if one in times else "" for one in shown), speed))
     return (f"M; {shape[0]} x {shape[1]}, {rows[0]['dtype']}; µs", *shown, f"over {THEIRS}"), body
+
+
+def rivals(rows: list[Row]) -> Table:
+    """A line for each operation and M, a column for each provider; a dash where it cannot run."""
+    shown = [row for row in rows if row["op"] in ("quantize", "dequantize", "matmul") and row["provider"] != AGAIN]
+    providers = list(dict.fromkeys(row["provider"] for row in shown if "checking" not in row["provider"]))
+    body = []
+    for op, m in dict.fromkeys((row["op"], row["m"]) for row in shown):
+        method = "flushed" if op == "quantize" else "graph"  # bitsandbytes' quantizer fits no graph
+        times = {
+            row["provider"]: f"{row['median_us']:.1f}"
+            for row in shown
+            if (row["op"], row["m"], row["method"]) == (op, m, method)
+        }
+        name = op if m is None else f"product, M = {m}"
+        body.append((name, *(times.get(provider, "-") for provider in providers)))
+    first = rows[0]
+    return (f"{first['rows']} x {first['columns']}, {first['dtype']}; µs", *providers), body
 
 
 def exercise(rows: list[Row]) -> Table:

@@ -14,22 +14,22 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
 pytest.importorskip("pytest_benchmark", reason="part of the [bench] extra")
 
+from benchmarks.modules import MODULES
 from benchmarks.operations import OPERATIONS, SHAPES, Measured
 from benchmarks.products import PRODUCTS
-from benchmarks.rivals import with_rivals
+from benchmarks.rivals import WITH_RIVALS, with_rivals
 
 ON_GPU = torch.cuda.is_available()
 SHAPE = SHAPES["bloom-7b1"][1] if ON_GPU else (64, 128)
 ROWS = (1, 16, 256, 2048) if ON_GPU else (1, 16)
-CASES = [*((op, None) for op in OPERATIONS), *((op, m) for op in PRODUCTS for m in ROWS)]
+ON_ROWS = {**PRODUCTS, **MODULES}
+CASES = [*((op, None) for op in OPERATIONS), *((op, m) for op in ON_ROWS for m in ROWS)]
 
 
 def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
     weight = 0.02 * torch.randn(SHAPE, device="cuda" if ON_GPU else "cpu", dtype=torch.float16)
-    if m is None:
-        return OPERATIONS[op](weight), weight
-    measured = PRODUCTS[op](weight, m)
-    return with_rivals(measured, weight) if op == "matmul" else measured, weight
+    measured = OPERATIONS[op](weight) if m is None else ON_ROWS[op](weight, m)
+    return with_rivals(op, measured, weight) if op in WITH_RIVALS else measured, weight
 
 
 def _cases() -> Iterator[object]:

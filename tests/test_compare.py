@@ -83,7 +83,18 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     write_csv(results / "matmul", rows_of(10, 20))
     assert compare.main([str(slow)]) == 1
     assert "slow.csv against matmul.csv" in capsys.readouterr().out
-    assert compare.main([str(write_csv(tmp_path / "equal", rows_of(10, 20)))]) == 0
+    equal = write_csv(tmp_path / "equal", rows_of(10, 20))
+    assert compare.main([str(equal)]) == 0
+    assert compare.main([str(slow), str(equal)]) == 1
+
+
+def test_the_record_with_most_cases_in_common_is_taken(tmp_path):
+    rows = rows_of(10, 20)
+    write_csv(tmp_path / "newer", [row | {"date": "2026-02-02"} for row in rows if row["m"] == 1])
+    older = write_csv(tmp_path / "older", rows)
+    assert compare.record_for(rows, tmp_path) == older
+    newest = write_csv(tmp_path / "newest", [row | {"date": "2026-02-02"} for row in rows])
+    assert compare.record_for(rows, tmp_path) == newest
 
 
 def test_a_run_times_the_same_code_twice_and_lists_who_is_missing(tmp_path, capsys):
@@ -156,6 +167,16 @@ def test_the_share_of_the_roofline():
     assert throughput_figures.roofline_us(many, rows) == pytest.approx(320)
     picture = plotting.picture(lambda: throughput_figures.matmul(rows), "test")
     assert picture.startswith(b"\x89PNG")
+
+
+def test_the_readmes_table_of_rivals_has_a_dash_for_who_cannot_run(tmp_path):
+    rows = rows_of(10, 20)
+    missing = {"provider": "gemlite", "method": None, "status": "not run", "median_us": None}
+    rows.append(next(row for row in rows if row["op"] == "matmul" and row["m"] == 16) | missing)
+    write_csv(tmp_path / "rivals-gpu", rows)
+    text = readme.current("<!-- table: rivals -->\n<!-- end of table -->", tmp_path)
+    assert "| 64 x 128, float16; µs | qkernels | bitsandbytes | torch | gemlite |" in text
+    assert "| product, M = 16 | 160.0 | 320.0 | 320.0 | - |" in text
 
 
 def test_the_readmes_table_of_products(tmp_path):
