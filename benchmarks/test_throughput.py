@@ -7,6 +7,7 @@ are made with; these cases are for a developer's before and after (`--benchmark-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ ON_ROWS = {**PRODUCTS, **MODULES}
 CASES = [*((op, None) for op in OPERATIONS), *((op, m) for op in ON_ROWS for m in ROWS)]
 
 
+@cache
 def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
     weight = 0.02 * torch.randn(SHAPE, device="cuda" if ON_GPU else "cpu", dtype=torch.float16)
     measured = OPERATIONS[op](weight) if m is None else ON_ROWS[op](weight, m)
@@ -39,7 +41,7 @@ def _cases() -> Iterator[object]:
             yield pytest.param(op, m, provider, id=f"{op}-{m}-{provider}" if m else f"{op}-{provider}")
 
 
-@pytest.mark.parametrize(("op", "m", "provider"), _cases())
+@pytest.mark.parametrize(("op", "m", "provider"), list(_cases()))
 def test_throughput(op, m, provider, benchmark):
     measured, weight = _measured(op, m)
     if (reason := measured.missing.get(provider)) is not None:
