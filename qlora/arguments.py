@@ -39,6 +39,7 @@ class ModelArguments:
         "nf4", "4-bit format. Named as in TRL; bitsandbytes is not needed.", choices=["nf4", "fp4"]
     )
     use_bnb_nested_quant: bool = option(True, "Double quantization: 8-bit scales instead of float32 ones.")
+    quantize_embeddings: bool = option(False, "Keep the input embedding and the output layer in 4 bits too.")
     attn_implementation: str | None = option(
         None, "Attention of transformers ('eager', 'sdpa', ...), without qlora.optimize_model; None: with it."
     )

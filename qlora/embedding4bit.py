@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qkernels import QuantState, dequantize_4bit, dequantize_blockwise
+from qkernels import QuantState, dequantize_4bit
 from qkernels.errors import UserError
+from qkernels.format import NESTED_BLOCKSIZE
 
 from .module4bit import Module4bit
 
@@ -38,7 +39,7 @@ class Embedding4bit(Module4bit, nn.Embedding):
         device: where the float table is made; "meta" for a table that a state_dict will fill.
         padding_idx: row that starts as zeros (and then stays exactly zero: the format has a zero).
         blocksize: elements a scale.
-        compress_statistics: double quantization.  A look-up then decodes every scale, 1/blocksize of the table.
+        compress_statistics: double quantization.
 
     Raises:
         UserError: an unknown quant_type, blocksize or quant_storage; NaN or Inf in the table when it is quantized.
@@ -133,13 +134,16 @@ class Embedding4bit(Module4bit, nn.Embedding):
         return F.embedding(input, self.dequantize(self.dtype))
 
     def _decode_rows(self, packed: torch.Tensor, quant_state: QuantState, rows: torch.Tensor) -> torch.Tensor:
-        absmax = quant_state.absmax
-        if quant_state.state2 is not None:
-            assert quant_state.offset is not None
-            absmax = dequantize_blockwise(absmax, quant_state.state2) + quant_state.offset
         n = self.num_embeddings
         codes = F.embedding(rows, packed.view(torch.uint8).view(n, -1))
-        scales = F.embedding(rows, absmax.view(n, -1))
+        scales = F.embedding(rows, quant_state.absmax.view(n, -1))
+        state2 = quant_state.state2
+        if state2 is not None:
+            assert state2.code is not None
+            assert quant_state.offset is not None
+            first = rows.long()[..., None] * scales.shape[-1]
+            scale_blocks = (first + torch.arange(scales.shape[-1], device=rows.device)) // NESTED_BLOCKSIZE
+            scales = state2.code[scales.int()] * state2.absmax[scale_blocks] + quant_state.offset
         state = QuantState(
             absmax=scales.reshape(-1),
             shape=torch.Size((*rows.shape, self.embedding_dim)),
@@ -157,7 +161,8 @@ class Embedding4bit(Module4bit, nn.Embedding):
         self.dtype = cast if cast.is_floating_point else self.dtype
         return self
 
-    def _weight_shape(self) -> tuple[int, int]:
+    @property
+    def weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
 

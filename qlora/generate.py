@@ -81,6 +81,7 @@ def load_base(model: ModelArguments, dtype: torch.dtype, device: str | None) -> 
         model.model_name_or_path,
         quant_type=model.bnb_4bit_quant_type,
         compress_statistics=model.use_bnb_nested_quant,
+        quantize_embeddings=model.quantize_embeddings,
         dtype=dtype,
         device=device,
         revision=model.model_revision,

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from qkernels import matmul_4bit
+from qkernels import QuantState, matmul_4bit
 from qkernels.errors import UserError
 from qkernels.functional import autocast_dtype
 
@@ -126,14 +126,20 @@ class Linear4bit(Module4bit, nn.Linear):
         Raises:
             UserError: the weight is not quantized yet; x has another last dimension, dtype or device.
         """
-        packed, quant_state = self._packed()
+        return self._product(x, *self._packed(), self.bias)
+
+    def _product(
+        self, x: torch.Tensor, packed: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `forward`, by this weight or rows of it."""
         given = x.dtype
         # Under autocast `matmul_4bit` computes in autocast's dtype and returns it.
         if self.compute_dtype is None or self.compute_dtype is given or autocast_dtype(x) is not None:
-            return matmul_4bit(x, packed, quant_state, bias=self.bias)
-        return matmul_4bit(x.to(self.compute_dtype), packed, quant_state, bias=self.bias).to(given)
+            return matmul_4bit(x, packed, quant_state, bias=bias)
+        return matmul_4bit(x.to(self.compute_dtype), packed, quant_state, bias=bias).to(given)
 
-    def _weight_shape(self) -> tuple[int, int]:
+    @property
+    def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
 

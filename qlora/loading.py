@@ -41,6 +41,7 @@ def load_pretrained_4bit(
     quant_storage: torch.dtype | str = torch.uint8,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
+    quantize_embeddings: bool = False,
     modules_to_not_convert: list[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -53,7 +54,8 @@ def load_pretrained_4bit(
     Args:
         name_or_path: folder of a checkpoint (safetensors, or pickled .bin files, which are read without running
             code), or the id of a model on the Hugging Face hub.
-        quant_type, compress_statistics, blocksize, quant_storage, modules_to_not_convert: as in `NF4Config`.
+        quant_type, compress_statistics, blocksize, quant_storage, quantize_embeddings, modules_to_not_convert: as in
+            `NF4Config`.
         dtype: float32, float16 or bfloat16, or their names: of the activations and of what stays float.  None asks
             `choose_precision(device)`.
         device: where the model goes; None takes CUDA if there is one, else the CPU.
@@ -82,6 +84,7 @@ def load_pretrained_4bit(
         compress_statistics=compress_statistics,
         blocksize=blocksize,
         quant_storage=quant_storage,
+        quantize_embeddings=quantize_embeddings,
         modules_to_not_convert=modules_to_not_convert,
     )
     name = (

@@ -29,7 +29,7 @@ ASSUMPTIONS = (
     "the loss is fused with the output head, as TRL does it: logits exist for "
     f"{LOGIT_TILE:,} words and {LOGIT_TOKENS:,} tokens at a time",
     "adapter, its gradients and AdamW's two moments are float32",
-    "4-bit weights are decoded one layer at a time",
+    "4-bit weights are decoded one layer at a time, of a 4-bit output layer as many rows as there are logits",
     "every text is as long as --max_length",
     "0.45 GiB for the CUDA context; the allocator's fragmentation is not counted",
 )
@@ -46,6 +46,7 @@ class Run:
         recompute, kept_blocks: as in `optimize_model`.
         graphs: as in `optimize_model`; it counts where `by_graphs` says so.
         double_quantization: 8-bit scales; float32 ones otherwise.
+        quantize_embeddings: as in `NF4Config`.
         capability: of the GPU.
     """
 
@@ -56,6 +57,7 @@ class Run:
     kept_blocks: int = 0
     graphs: bool = True
     double_quantization: bool = True
+    quantize_embeddings: bool = False
     capability: tuple[int, int] = (7, 5)
 
     @property
@@ -78,12 +80,13 @@ class MemoryPlan:
 
     Attributes:
         quantized: packed 4-bit weights and their scales.
-        kept: what stays float: embedding, output head, normalizations, biases.
+        kept: what stays float: normalizations, biases, and but for `quantize_embeddings` embedding and output layer.
         adapter: LoRA weights and their gradients.
         optimizer: AdamW's two moments.
         checkpoints: what is kept from the forward to the backward pass, whole blocks included.
         block: the block that is recomputed, or where that is more the hidden states around the loss.
-        logits: the tile of logits; 0 where the recomputed block is the peak.
+        logits: the tile of logits, and the rows of a 4-bit output layer decoded for it; 0 where the recomputed block is
+            the peak.
         decoded: the largest weight, decoded for its product; 0 where the loss is the peak.
         graphs: what CUDA graphs copy, and their own workspaces.
         workspace: cuBLAS' own.
@@ -115,7 +118,7 @@ class MemoryPlan:
 
 PARTS = {
     "quantized": "4-bit weights and scales",
-    "kept": "embedding and what else stays float",
+    "kept": "what stays float",
     "adapter": "LoRA weights and gradients",
     "optimizer": "AdamW moments",
     "checkpoints": "kept for the backward pass",
@@ -146,6 +149,8 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     # The last hidden states, normalized, those of them with labels, and their gradient in float32.
     around_loss = shapes.hidden * (3 * per_token + 4 * run.tokens)
     tile = min(run.tokens, LOGIT_TOKENS) * min(shapes.vocabulary, LOGIT_TILE) * size
+    if run.quantize_embeddings:
+        tile += min(shapes.vocabulary, LOGIT_TILE) * shapes.hidden * size
     working = max(shapes.working_width * per_token + decoded, shapes.transient_width * per_token)
     block = shapes.saved_width * per_token + scores if recomputed else 0.0
     workspace = WORKSPACES * (32 if run.capability >= (9, 0) else 8) * MIB
@@ -167,9 +172,10 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
         peak = {"checkpoints": inputs + whole, "block": working - decoded, "logits": 0, "decoded": decoded}
     else:
         peak = {"checkpoints": inputs + whole, "block": around_loss, "logits": tile, "decoded": 0}
+    quantized = shapes.quantized + (shapes.embeddings if run.quantize_embeddings else 0)
     return MemoryPlan(
-        quantized=int(shapes.quantized * (0.5 + scale_bytes / 64)),
-        kept=(shapes.parameters - shapes.quantized) * size,
+        quantized=int(quantized * (0.5 + scale_bytes / 64)),
+        kept=(shapes.parameters - quantized) * size,
         adapter=shapes.trainable * 8,
         optimizer=shapes.trainable * 8,
         graphs=int(copies),

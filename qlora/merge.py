@@ -37,7 +37,11 @@ def main(argv: Sequence[str]) -> None:
     check_writable(merge.output_dir)
     adapter = adapter_folder(arguments.adapter_path)
     base = arguments.model_name_or_path or read_adapter_config(adapter)["base_model_name_or_path"]
-    config = NF4Config(quant_type=arguments.bnb_4bit_quant_type, compress_statistics=arguments.use_bnb_nested_quant)
+    config = NF4Config(
+        quant_type=arguments.bnb_4bit_quant_type,
+        compress_statistics=arguments.use_bnb_nested_quant,
+        quantize_embeddings=arguments.quantize_embeddings,
+    )
     tokenizer = load_tokenizer(base, arguments.model_revision)
     with atomic_folder(merge.output_dir) as folder:
         report = merge_adapter(

@@ -268,11 +268,11 @@ class Module4bit(nn.Module):
         quantized in the present format."""
         weight = self.weight
         assert isinstance(weight, Params4bit)
-        is_float = value is not None and value.is_floating_point() and tuple(value.shape) == self._weight_shape()
+        is_float = value is not None and value.is_floating_point() and tuple(value.shape) == self.weight_shape
         if value is None or not (stats or is_float):
             raise UserError(
                 self.weight_name,
-                expected=f"packed codes with their scales, or a float weight of shape {self._weight_shape()}",
+                expected=f"packed codes with their scales, or a float weight of shape {self.weight_shape}",
                 got="scales alone" if value is None else f"{value.dtype} of shape {tuple(value.shape)} without scales",
                 remedy="The checkpoint is incomplete or of another model.",
             )
@@ -291,16 +291,17 @@ class Module4bit(nn.Module):
             name = f"{self.weight_name}: {error.argument}"
             raise UserError(name, expected=error.expected, got=error.got, remedy=error.remedy) from error
         assert new.quant_state is not None
-        if tuple(new.quant_state.shape or ()) != self._weight_shape():
+        if tuple(new.quant_state.shape or ()) != self.weight_shape:
             raise UserError(
                 self.weight_name,
-                expected=f"the codes of a {self._weight_shape()} weight",
+                expected=f"the codes of a {self.weight_shape} weight",
                 got=f"those of a {tuple(new.quant_state.shape or ())} weight",
                 remedy="The checkpoint is of another model.",
             )
         return new
 
-    def _weight_shape(self) -> tuple[int, int]:
+    @property
+    def weight_shape(self) -> tuple[int, int]:
         """Shape of the float weight."""
         raise NotImplementedError
 

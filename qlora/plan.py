@@ -129,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
         kept_blocks=wanted.kept_blocks,
         graphs=can_optimize(model),
         double_quantization=model_arguments.use_bnb_nested_quant,
+        quantize_embeddings=model_arguments.quantize_embeddings,
         capability=gpu.capability,
     )
     if wanted.kept_blocks > shapes.layers:

@@ -5,6 +5,7 @@ Room: results in, files out; it computes no loss and loads no model.
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from . import __version__
 from .checkpoint import atomic_file
-from .linear4bit import Linear4bit
+from .module4bit import Module4bit
 from .units import MIB
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -75,13 +76,13 @@ def model_sizes(model: torch.nn.Module) -> dict[str, float]:
     sizes = {"quantized": 0.0, "quantized_16bit": 0.0, "kept": 0.0}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Module4bit) and id(module.weight) not in seen:
             state: Any = module.quant_state
             tensors = [module.weight.data, state.absmax]
             if state.state2 is not None:
                 tensors.append(state.state2.absmax)
             sizes["quantized"] += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-            sizes["quantized_16bit"] += module.in_features * module.out_features * 2
+            sizes["quantized_16bit"] += math.prod(module.weight_shape) * 2
             seen.add(id(module.weight))
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen and "lora_" not in name:
@@ -193,7 +194,7 @@ def _memory_rows(result: RunResult) -> list[tuple[str, str]]:
     return [
         ("linear layers in 16 bits", f"{sizes['quantized_16bit'] / MIB:,.1f} MiB"),
         ("the same in 4 bits, with scales", f"{sizes['quantized'] / MIB:,.1f} MiB"),
-        ("embedding and what else stays float", f"{sizes['kept'] / MIB:,.1f} MiB"),
+        ("what stays float", f"{sizes['kept'] / MIB:,.1f} MiB"),
         ("peak of the run", f"{result.peak_memory_gib:.2f} GiB ({'GPU' if result.device != 'CPU' else 'process'})"),
         ("trainable parameters", f"{result.trainable:,} of {result.parameters:,} ({_share(result):.4%})"),
     ]

@@ -6,10 +6,11 @@ puts predictions beside measured steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .gpus import Gpu
-from .memory import Run
+from .memory import LOGIT_TOKENS, Run
 from .shapes import Shapes
 
 # Shares of an H100's rated speed, by the profile of a Bloom-7B1 step of 4 x 512 tokens: products with decoded weights,
@@ -89,11 +90,14 @@ def step_time(shapes: Shapes, run: Run, gpu: Gpu) -> StepTime | None:
     again = 1 + 1.5 + blocks_again
     product = 2 * run.tokens / (flops * PRODUCT_SHARE)
     head = 2 * run.tokens / (flops * HEAD_SHARE)
+    decode = (0.5 + 1 / 64 + size) / bandwidth  # of a weight
+    # A 4-bit output layer is decoded once forward and once backward, for each tile of tokens.
+    decoded_heads = 2 * math.ceil(run.tokens / LOGIT_TOKENS) if run.quantize_embeddings else 0
     read = size / bandwidth  # of a weight, where that takes longer than its products
     return StepTime(
         products=passes * shapes.quantized * max(product, read),
-        decode=passes * shapes.quantized * (0.5 + 1 / 64 + size) / bandwidth,
-        head=3 * shapes.vocabulary * shapes.hidden * max(head, read),
+        decode=passes * shapes.quantized * decode,
+        head=shapes.vocabulary * shapes.hidden * (3 * max(head, read) + decoded_heads * decode),
         attention=(1 + 2.5 + blocks_again) * attention_flops / (flops * ATTENTION_SHARE),
         rest=again * (traffic / bandwidth + shapes.layers * SMALL_KERNELS * SMALL_KERNEL_S),
         host=HOST_AROUND_S if run.by_graphs else shapes.layers * (HOST_BLOCK_S + blocks_again * HOST_AGAIN_S),

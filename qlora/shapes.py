@@ -44,7 +44,8 @@ class Shapes:
         heads: attention heads, for queries.
         vocabulary: rows of the output layer.
         parameters: of the base model.
-        quantized: of them, those kept in 4 bits.
+        quantized: of them, the linear layers', which are kept in 4 bits.
+        embeddings: of them, those of the input embedding and the output layer, which may be.
         trainable: parameters of the adapters.
         largest: elements of the largest 4-bit weight.
         saved_width: elements a token that a block's backward pass needs, its input not counted.
@@ -61,6 +62,7 @@ class Shapes:
     vocabulary: int
     parameters: int
     quantized: int
+    embeddings: int
     trainable: int
     largest: int
     saved_width: float
@@ -121,6 +123,7 @@ def shapes_of(model: nn.Module, lora: LoraArguments) -> Shapes:
         UserError: an unknown target module.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     linears = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
     }
@@ -141,6 +144,7 @@ def shapes_of(model: nn.Module, lora: LoraArguments) -> Shapes:
         vocabulary=head.weight.shape[0],
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         quantized=sum(linear.weight.numel() for linear in linears.values()),
+        embeddings=sum(weight.numel() for weight in {embedding.weight, head.weight}),
         trainable=sum(lora.lora_r * (linears[name].in_features + linears[name].out_features) for name in adapted),
         largest=max(linear.weight.numel() for linear in linears.values()),
         saved_width=saved + inputs,

@@ -27,6 +27,7 @@ FORBIDDEN = {
     "qlora/params4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/module4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/embedding4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/output4bit.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/targets.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/dequantize.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/dropout.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),

@@ -41,14 +41,28 @@ def test_bloom_has_its_published_sizes(bloom):
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 @pytest.mark.parametrize("double", [True, False])
-def test_the_weights_are_those_of_the_loaded_model(name, double, tmp_path):
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_the_weights_are_those_of_the_loaded_model(name, double, embeddings, tmp_path):
     folder = save_tiny(name, tmp_path, hidden_size=128)
     lora = LoraArguments(lora_target_modules=["all-linear"])
-    found = planned(meta_model(str(folder)), 1, 8, lora, double_quantization=double)
-    sizes = model_sizes(load_pretrained_4bit(folder, compress_statistics=double, device="cpu", dtype=torch.bfloat16))
+    how = {"double_quantization": double, "quantize_embeddings": embeddings}
+    found = planned(meta_model(str(folder)), 1, 8, lora, **how)
+    model = load_pretrained_4bit(
+        folder, compress_statistics=double, quantize_embeddings=embeddings, device="cpu", dtype=torch.bfloat16
+    )
+    sizes = model_sizes(model)
     # Less than a block of 256 scales a layer is rounded up.
     assert found.quantized == pytest.approx(sizes["quantized"], abs=16 * 4)
     assert found.kept == sizes["kept"]
+
+
+def test_embeddings_in_4_bits_take_a_quarter_and_their_rows_at_the_loss(bloom):
+    shapes = shapes_of(bloom, LoraArguments())
+    before, after = (planned(bloom, 4, 512, quantize_embeddings=on) for on in (False, True))
+    assert shapes.embeddings == 250_880 * 4096
+    assert (before.kept - after.kept) / GIB == pytest.approx(1.914, abs=0.001)
+    assert (after.quantized - before.quantized) / GIB == pytest.approx(0.494, abs=0.001)
+    assert 1.1 < (before.total - after.total) / GIB < 1.42
 
 
 def test_the_trainable_parameters_are_those_of_peft(tmp_path):

@@ -286,6 +286,7 @@ def test_config_survives_json(tmp_path):
         blocksize=128,
         quant_storage="bfloat16",
         compute_dtype=torch.float16,
+        quantize_embeddings=True,
         modules_to_not_convert=["mlp"],
     )
     config.to_json_file(tmp_path / "config.json")
@@ -299,6 +300,7 @@ def test_config_survives_json(tmp_path):
         "blocksize": 128,
         "quant_storage": "bfloat16",
         "compute_dtype": "float16",
+        "quantize_embeddings": True,
         "modules_to_not_convert": ["mlp"],
     }
 

@@ -96,6 +96,13 @@ def as_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
             remedy="Load it with NF4Config or load_pretrained_4bit; merge adapters first (qlora merge --onto 4bit).",
         )
     old = quantizer.quantization_config
+    if old.quantize_embeddings:
+        raise UserError(
+            "model",
+            expected="a float embedding and output layer, as bitsandbytes' checkpoints have them",
+            got="quantize_embeddings=True",
+            remedy="Load the float checkpoint without quantize_embeddings.",
+        )
     if not isinstance(old, BitsAndBytesNF4Config):
         config = BitsAndBytesNF4Config(
             {

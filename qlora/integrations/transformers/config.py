@@ -39,6 +39,7 @@ class NF4Config(QuantizationConfigMixin):
         quant_storage: dtype the packed bytes are viewed as (`bnb_4bit_quant_storage`).
         compute_dtype: dtype of the products; None is that of the activations (`bnb_4bit_compute_dtype`, whose default
             is float32).
+        quantize_embeddings: also quantize the input embedding and the output layer, which otherwise stay float.
         modules_to_not_convert: names of modules that stay float, besides the output layer, what is tied to it, and
             what the architecture keeps in float32 (`llm_int8_skip_modules`, which replaces these instead).  A name
             stands for everything below it, may be the end of a module's name, and is a regular expression.
@@ -55,6 +56,7 @@ class NF4Config(QuantizationConfigMixin):
     blocksize: int
     quant_storage: torch.dtype
     compute_dtype: torch.dtype | None
+    quantize_embeddings: bool
     modules_to_not_convert: list[str] | None
 
     skips_are_added: ClassVar[bool] = True  # whether `modules_to_not_convert` adds to what stays float anyway
@@ -67,6 +69,7 @@ class NF4Config(QuantizationConfigMixin):
         blocksize: int = 64,
         quant_storage: torch.dtype | str = torch.uint8,
         compute_dtype: torch.dtype | str | None = None,
+        quantize_embeddings: bool = False,
         modules_to_not_convert: list[str] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -76,6 +79,7 @@ class NF4Config(QuantizationConfigMixin):
         _check_choice("quant_type", quant_type, QUANT_TYPES)
         _check_choice("compress_statistics", compress_statistics, (True, False))
         _check_choice("blocksize", blocksize, BLOCKSIZES)
+        _check_choice("quantize_embeddings", quantize_embeddings, (False, True))
         _check_names("modules_to_not_convert", modules_to_not_convert)
         self.quant_method = METHOD
         self.quant_type = quant_type
@@ -83,6 +87,7 @@ class NF4Config(QuantizationConfigMixin):
         self.blocksize = blocksize
         self.quant_storage = as_dtype("quant_storage", quant_storage, QUANT_STORAGES)
         self.compute_dtype = None if compute_dtype is None else as_dtype("compute_dtype", compute_dtype)
+        self.quantize_embeddings = quantize_embeddings
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +98,14 @@ class NF4Config(QuantizationConfigMixin):
 
 
 # What a checkpoint's weights are packed as; the other fields say how to compute, or which modules are meant.
-_FORMAT = ("quant_type", "compress_statistics", "blocksize", "quant_storage", "modules_to_not_convert")
+_FORMAT = (
+    "quant_type",
+    "compress_statistics",
+    "blocksize",
+    "quant_storage",
+    "quantize_embeddings",
+    "modules_to_not_convert",
+)
 
 
 def check_same_format(name: str, stored: NF4Config, asked: NF4Config) -> None:

@@ -1,4 +1,4 @@
-"""What happens to one weight on its way from the checkpoint into a `Linear4bit`.
+"""What happens to one weight on its way from the checkpoint into a 4-bit layer.
 
 Room: transformers' conversion operations.  transformers collects whatever an operation raises and reports all of it
 in one RuntimeError about its own internals.  A `UserError` is therefore kept in `refused`, by the name of the weight,
@@ -17,9 +17,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qkernels.errors import UserError
 
-from ...linear4bit import Linear4bit, Params4bit
+from ...module4bit import Module4bit
+from ...params4bit import Params4bit
 
-# What `Linear4bit` writes for one weight.  "weight" is last: transformers 5.17 takes the first pattern that matches.
+# What a 4-bit layer writes for one weight.  "weight" is last: transformers 5.17 takes the first pattern that matches.
 STORED_NAMES = (
     "weight.absmax",
     "weight.quant_map",
@@ -94,19 +95,19 @@ def without_ours(conversions: list[Any] | None) -> list[Any]:
     ]
 
 
-def quantized_weight(name: str, value: torch.Tensor, layer: Linear4bit) -> Params4bit:
+def quantized_weight(name: str, value: torch.Tensor, layer: Module4bit) -> Params4bit:
     """Quantize a float weight as `layer` wants it, where it is.
 
     Args:
         name: how errors call the weight.
-        value: float32, float16 or bfloat16 [out_features, in_features].
+        value: float32, float16 or bfloat16, of the layer's shape.
         layer: holds a float `Params4bit` on any device, "meta" included, which says how to quantize.
 
     Raises:
         UserError: another shape; NaN or Inf in the weight.
     """
-    if tuple(value.shape) != (layer.out_features, layer.in_features):
-        raise wrong_shape(name, value.shape, (layer.out_features, layer.in_features))
+    if tuple(value.shape) != layer.weight_shape:
+        raise wrong_shape(name, value.shape, layer.weight_shape)
     old = layer.weight
     assert isinstance(old, Params4bit)
     return Params4bit(value, requires_grad=False, **vars(old)).to(value.device)
@@ -119,7 +120,7 @@ def stored_weight(
 
     Args:
         name: how errors call the weight.
-        tensors: by their names from "weight" on: packed codes and scales for a `Linear4bit`, else one float weight.
+        tensors: by their names from "weight" on: packed codes and scales for a 4-bit layer, else one float weight.
         layer: what the parameter is for.
         dtype: what the codes are to decode to; the codes are the same for every dtype.  None is what they came from.
 
@@ -130,15 +131,15 @@ def stored_weight(
     if data is None:
         raise missing_weight(name)
     is_packed = len(tensors) > 1
-    if is_packed != isinstance(layer, Linear4bit):
+    if is_packed != isinstance(layer, Module4bit):
         raise UserError(
             name,
             expected="a float weight" if is_packed else "packed 4-bit codes with their scales",
             got="packed 4-bit codes" if is_packed else f"a plain {data.dtype} weight",
             remedy="The weights and the quantization_config in config.json disagree: modules_to_not_convert there "
-            "must name exactly the layers that are stored as float.",
+            "and quantize_embeddings must mean exactly the layers that are stored as float.",
         )
-    if not isinstance(layer, Linear4bit):
+    if not isinstance(layer, Module4bit):
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         return data.to(weight.dtype) if data.is_floating_point() else data
@@ -146,8 +147,8 @@ def stored_weight(
     parameter = Params4bit.from_prequantized(data, scales, device=data.device, module=layer)
     state = parameter.quant_state
     assert state is not None
-    if tuple(state.shape or ()) != (layer.out_features, layer.in_features):
-        raise wrong_shape(name, state.shape or (), (layer.out_features, layer.in_features))
+    if tuple(state.shape or ()) != layer.weight_shape:
+        raise wrong_shape(name, state.shape or (), layer.weight_shape)
     state.dtype = dtype or state.dtype
     return parameter
 

@@ -1,7 +1,7 @@
 """`NF4Quantizer`: what `from_pretrained` and `save_pretrained` call; and whole models to 4 bits and back in memory.
 
 Room: transformers' quantizer hooks.  `from_pretrained` builds the model on the meta device, has its linear layers
-swapped for `Linear4bit` here, and then hands over each weight (see conversion.py).  `is_loaded_in_4bit` stays unset: it
+swapped for 4-bit ones here, and then hands over each weight (see conversion.py).  `is_loaded_in_4bit` stays unset: it
 makes transformers import bitsandbytes and TRL cast the adapters to bfloat16, which a T4 cannot train.
 """
 
@@ -22,6 +22,9 @@ from qkernels.errors import UserError
 from ...dequantize import float_layer
 from ...embedding4bit import Embedding4bit
 from ...linear4bit import Linear4bit, Params4bit
+from ...module4bit import Module4bit
+from ...output4bit import OutputLayer4bit
+from ..trl import join_trl
 from .config import METHOD, NF4Config, as_dtype
 from .conversion import Quantize, converters, missing_weight, without_ours, wrong_shape
 
@@ -33,6 +36,7 @@ class NF4Quantizer(HfQuantizer):
     Attributes:
         dtype: of the activations and of what stays float.
         refused: errors by the name of the weight, raised once loading is over.
+        head: the float output layer, where it is to be quantized.
     """
 
     quantization_config: NF4Config
@@ -42,6 +46,8 @@ class NF4Quantizer(HfQuantizer):
         self.dtype: torch.dtype | None = None
         self.refused: dict[str, UserError] = {}
         self._not_converted: list[str] = []
+        self._embedding: nn.Module | None = None
+        self.head: nn.Module | None = None
         self._shapes: dict[str, torch.Size] = {}
 
     # Before loading.
@@ -71,16 +77,16 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_distributed(model.config)
-        for name, linear in self.find_layers(model).items():
-            layer = self.new_layer(linear, "meta")
+        for name, float_module in self.find_layers(model).items():
+            layer = self.new_layer(float_module, "meta")
             if self.pre_quantized and layer.quant_storage.is_floating_point:
                 # transformers 5.17 casts a stored float tensor to the dtype of the parameter it is meant for.
                 layer.weight.data = layer.weight.data.to(layer.quant_storage)
             model.set_submodule(name, layer)
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def find_layers(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
-        """The float layers that the configuration means, by name.
+    def find_layers(self, model: PreTrainedModel) -> dict[str, nn.Linear | nn.Embedding]:
+        """The float layers that the configuration means, by name; the embedding before the output layer.
 
         Raises:
             UserError: there are none, a name in `modules_to_not_convert` is unknown, or the architecture cannot do.
@@ -92,6 +98,10 @@ class NF4Quantizer(HfQuantizer):
         self._not_converted = self.get_modules_to_not_convert(model, wanted, keep_in_fp32, config.skips_are_added)
         if config.skips_are_added:  # bitsandbytes' checkpoints name modules of other architectures too
             _refuse_unknown_names(model, wanted or [])
+        if config.quantize_embeddings:
+            self._embedding, self.head = embeddings_of(model, config.blocksize)
+            ends = {name for name, module in model.named_modules() if module in (self._embedding, self.head)}
+            self._not_converted = [name for name in self._not_converted if name not in ends - set(wanted or [])]
         layers = self._convertible(model)
         if not layers:
             raise UserError(
@@ -102,32 +112,40 @@ class NF4Quantizer(HfQuantizer):
             )
         return layers
 
-    def _convertible(self, model: nn.Module) -> dict[str, nn.Linear]:
+    def _convertible(self, model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
         # Exactly nn.Linear: a subclass has a forward of its own.
         is_named = _is_named if self.quantization_config.skips_are_added else _is_named_itself
-        return {
+        found: dict[str, nn.Linear | nn.Embedding] = {
             name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and not is_named(name, self._not_converted)
+            if (type(module) is nn.Linear or (type(module) is nn.Embedding and module is self._embedding))
+            and not is_named(name, self._not_converted)
         }
+        ends = [name for name, module in found.items() if module is self._embedding or module is self.head]
+        if len(ends) == 1 and _is_tied(self._embedding, self.head):  # what is shared is kept float for both
+            del found[ends[0]]
+        return found
 
-    def new_layer(self, linear: nn.Linear, device: torch.device | str | int) -> Linear4bit:
+    def new_layer(self, float_module: nn.Linear | nn.Embedding, device: torch.device | str | int) -> Module4bit:
+        """What stands in the place of a layer; on "meta" it waits for its weight."""
         config = self.quantization_config
-        return Linear4bit.from_linear(
-            linear,
-            quant_type=config.quant_type,
-            blocksize=config.blocksize,
-            compress_statistics=config.compress_statistics,
-            quant_storage=config.quant_storage,
-            compute_dtype=config.compute_dtype,
-            device=device,
-        )
+        how: dict[str, Any] = {
+            "quant_type": config.quant_type,
+            "blocksize": config.blocksize,
+            "compress_statistics": config.compress_statistics,
+            "quant_storage": config.quant_storage,
+            "device": device,
+        }
+        if isinstance(float_module, nn.Embedding):
+            return Embedding4bit.from_embedding(float_module, **how)
+        kind = OutputLayer4bit if float_module is self.head else Linear4bit
+        return kind.from_linear(float_module, compute_dtype=config.compute_dtype, **how)
 
     # While loading.
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, Module4bit) and name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes a weight, scales included, for device_map="auto"."""
@@ -147,7 +165,7 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model._weight_conversions = without_ours(getattr(model, "_weight_conversions", None))
         for name, module in model.named_modules():
-            if isinstance(module, Linear4bit) and not getattr(module.weight, "bnb_quantized", False):
+            if isinstance(module, Module4bit) and not getattr(module.weight, "bnb_quantized", False):
                 self.refused.setdefault(f"{name}.weight", missing_weight(f"{name}.weight"))
         for name, parameter in model.named_parameters():
             # transformers 5.17 checks no shapes at all where there is a quantizer.
@@ -158,6 +176,10 @@ class NF4Quantizer(HfQuantizer):
             name, error = next(iter(self.refused.items()))
             others = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
             raise UserError(name + others, expected=error.expected, got=error.got, remedy=error.remedy)
+        head = model.get_output_embeddings()
+        if isinstance(head, OutputLayer4bit):
+            head.is_tied = _is_tied(model.get_input_embeddings(), head)
+            join_trl()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -200,13 +222,20 @@ def quantize_model(
     """
     quantizer = NF4Quantizer(config, pre_quantized=False)
     quantizer.update_dtype(model.dtype)
+    tied = _is_tied(model.get_input_embeddings(), model.get_output_embeddings())
     layers = quantizer.find_layers(model)
     for name in list(layers):
+        module = layers.pop(name)  # popped, so that each float weight is freed in turn
+        waits = tied and module is quantizer.head
         try:
-            layer = quantizer.new_layer(layers.pop(name), device)  # popped, so that each float weight is freed in turn
+            layer = quantizer.new_layer(module, "meta" if waits else device)
         except UserError as error:
             raise UserError(f"{name}.weight", expected=error.expected, got=error.got, remedy=error.remedy) from error
+        del module
         model.set_submodule(name, layer)
+    head: Any = model.get_output_embeddings()
+    if tied and isinstance(head, OutputLayer4bit):
+        head.weight = model.get_input_embeddings().weight  # type: ignore[assignment]
     marked: Any = model.to(torch.device(device))  # type: ignore[arg-type]
     marked.is_quantized, marked.quantization_method, marked.hf_quantizer = True, METHOD, quantizer
     return quantizer.postprocess_model(marked)
@@ -224,6 +253,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Returns:
         `model`.
     """
+    tied = False
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, Linear4bit | Embedding4bit):
             continue
@@ -233,11 +263,43 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             remove_hook_from_module(layer)
             add_hook_to_module(new, hook)
         model.set_submodule(name, new)
+        if isinstance(layer, OutputLayer4bit) and layer.is_tied:
+            tied = True
     for module in model.modules():
+        if tied and isinstance(module, PreTrainedModel):
+            module.tie_weights()
         quantizer = vars(module).get("hf_quantizer")
         if isinstance(quantizer, NF4Quantizer):
             quantizer.remove_quantization_config(module)
     return model
+
+
+def embeddings_of(model: PreTrainedModel, blocksize: int) -> tuple[nn.Module, nn.Module]:
+    """The input embedding and the output layer of a float model.
+
+    Raises:
+        UserError: they are not plain layers, or their rows are no whole quantization blocks.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
+        raise UserError(
+            "quantize_embeddings",
+            expected="False for this architecture, whose embedding or output layer is none of torch.nn's",
+            got=f"True for {type(embedding).__name__} and {type(head).__name__} of {type(model).__name__}",
+            remedy="Leave it out: only the layers between are quantized then.",
+        )
+    if embedding.embedding_dim % blocksize or head.in_features % blocksize:
+        raise UserError(
+            "quantize_embeddings",
+            expected=f"rows of whole quantization blocks, multiples of {blocksize}",
+            got=f"rows of {embedding.embedding_dim}",
+            remedy="Choose a smaller blocksize, or leave quantize_embeddings out.",
+        )
+    return embedding, head
+
+
+def _is_tied(embedding: Any, head: Any) -> bool:
+    return embedding is not None and head is not None and embedding.weight is head.weight
 
 
 def _refuse_distributed(config: Any) -> None:
