@@ -18,7 +18,7 @@ from transformers import (
 VOCABULARY = 96
 # Names of the layers that NF4Config quantizes, a transformer block, and of those that LoRA goes on.
 LINEARS = {"llama": 7, "bloom": 4}
-TARGETS = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
+TARGETS = {"llama": ["q_proj", "v_proj"], "mistral": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}
 
 
 def tiny_model(name: str, **changes) -> PreTrainedModel:
