@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from .dense import linear
 from .dispatch import SKINNY, WGMMA, Product, capability_of, choose
-from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
+from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton, quantize_scales_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
 from .kernels.matmul_skinny import matmul_skinny_triton
 from .kernels.matmul_wgmma import matmul_wgmma_triton
+from .kernels.mean import ORDER_IS_KNOWN, SLOTS, partial_sums_triton, summation_order
 from .kernels.quantize import quantize_4bit_triton
-from .tuning import DROPOUT_CONFIG, elementwise_config
+from .tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
 from .tuning.skinny import skinny_config
 from .tuning.wgmma import wgmma_config
 
@@ -73,16 +75,35 @@ def dequantize_4bit(
     return out
 
 
-def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     config = elementwise_config("quantize_blockwise", blocksize)
     with _on_device_of(A):
-        return quantize_blockwise_triton(A, code, blocksize, offset, config)
+        return quantize_blockwise_triton(A, _aligned(code), blocksize, config)
 
 
 def quantize_scales(absmax: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
-    # torch's mean and no kernel of our own: its bits depend on the order of summation, and bitsandbytes takes torch's.
-    offset = absmax.mean()
-    return *quantize_blockwise(absmax, code, blocksize, offset), offset
+    config = elementwise_config("quantize_blockwise", blocksize)
+    with _on_device_of(absmax):
+        # The mean's bits are those of torch's, as bitsandbytes takes that.
+        n, order = absmax.numel(), None
+        if ORDER_IS_KNOWN and absmax.data_ptr() % 16 == 0:
+            order = summation_order(n, _resident_ctas(absmax.get_device()))
+        if order is None:
+            return quantize_scales_triton(absmax, _aligned(code), blocksize, absmax.mean().view(1), 1, config)
+        sums = partial_sums_triton(absmax, order, partial_sums_config(order.ctas))
+        return quantize_scales_triton(absmax, _aligned(code), blocksize, sums, n, config)
+
+
+@lru_cache
+def _resident_ctas(device: int) -> int:
+    """Blocks of 512 threads that the multiprocessors hold at once."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * (properties.max_threads_per_multi_processor // SLOTS)
+
+
+def _aligned(code: Tensor) -> Tensor:
+    """A map that begins at a multiple of 16 bytes, as its kernel reads vectors."""
+    return code if code.data_ptr() % 16 == 0 else code.clone()
 
 
 def dequantize_blockwise_out(

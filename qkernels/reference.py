@@ -137,6 +137,38 @@ def decode_absmax_reference(
     return dequantize_blockwise_reference(absmax_8bit, absmax, code, NESTED_BLOCKSIZE, torch.float32) + offset
 
 
+def mean_reference(x: torch.Tensor, ctas: int) -> torch.Tensor:
+    """The mean of float32[n] in the order in which torch sums on a GPU; which numbers meet when is all there is to it.
+
+    Args:
+        ctas: blocks of 512 slots, each of which reads vectors of 4.
+    """
+    slots, vector = 512, 4
+    whole = x.numel() // vector * vector
+    rounds = x.new_zeros(-(-whole // (ctas * slots * vector)), ctas, slots, vector)
+    rounds.view(-1)[:whole] = x[:whole]
+    total = rounds[0]
+    for values in rounds[1:]:
+        total = total + values
+    total[0, : x.numel() - whole, 0] += x[whole:]
+    sums = _tree(((total[..., 0] + total[..., 1]) + total[..., 2]) + total[..., 3])
+    # The sums of the CTAs go to 512 slots again, one after the other.
+    turns = x.new_zeros(-(-ctas // slots), slots)
+    turns.view(-1)[:ctas] = sums
+    total = turns[0]
+    for values in turns[1:]:
+        total = total + values
+    return _tree(total) * (1 / torch.tensor(x.numel(), dtype=torch.float32, device=x.device))
+
+
+def _tree(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, a power of two: the upper half is added to the lower one until one is left."""
+    while x.shape[-1] > 1:
+        lower, upper = x.chunk(2, dim=-1)
+        x = lower + upper
+    return x[..., 0]
+
+
 def pack_nibbles(index: torch.Tensor, quant_storage: torch.dtype) -> torch.Tensor:
     """Pack 4-bit indices, two a byte, the even element in the high nibble; [m, 1] of `quant_storage`, zero-padded."""
     length = packed_length(index.numel(), quant_storage)

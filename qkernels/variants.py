@@ -24,8 +24,9 @@ from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
 from .kernels.matmul_wgmma import SUM_CONFIG, X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
+from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
-from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config
+from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
 from .tuning.skinny import SkinnyConfig, skinny_config
 from .tuning.wgmma import WgmmaConfig, tiling
 
@@ -58,6 +59,7 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
     if arch == "sm_90":
         yield from _matmul_wgmma()
     yield from _dropout()
+    yield from _partial_sums()
     for blocksize in BLOCKSIZES:
         for dtype in _DTYPES:
             for length, words in _LENGTHS.items():
@@ -66,6 +68,18 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
                     yield from _quantize_4bit(blocksize, dtype, length, tag)
                     yield from _dequantize_4bit(blocksize, dtype, length, tag)
                     yield from _blockwise(blocksize, dtype, length, tag)
+
+
+def _partial_sums() -> Iterator[Variant]:
+    for ctas in (1, SLOTS):
+        config = partial_sums_config(ctas)
+        yield Variant(
+            f"partial_sums {'of slots' if ctas == 1 else 'of CTAs'}",
+            _partial_sums_kernel,
+            {"x_ptr": "*fp32", "sums_ptr": "*fp32", "n": "i32", "ctas": "i32", "rounds": "i32"},
+            {"SLOTS": config.rows, "WHOLE": ctas > 1},
+            config,
+        )
 
 
 def _dropout() -> Iterator[Variant]:
@@ -118,14 +132,22 @@ def _dequantize_4bit(blocksize: int, dtype: str, length: str, tag: str) -> Itera
 def _blockwise(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Variant]:
     tile, config = _tile("quantize_blockwise", blocksize)
     pointers = {"x_ptr": f"*{dtype}", "code_ptr": "*fp32", "out_ptr": "*u8", "absmax_ptr": "*fp32"}
-    # Only scales have a mean subtracted, and they are float32.
-    for subtract in (False, True) if dtype == "fp32" else (False,):
-        offset = {"offset_ptr": "*fp32"}
+    known = {"n_sums": 1, "divisor": 1}  # of no mean, or of one that is given: Triton folds a 1 into the code
+    yield Variant(
+        f"quantize_blockwise {tag}",
+        _quantize_blockwise_kernel,
+        {**pointers, "n": length},
+        {"SUMS": 0, **tile, "USE_ASM": True, "sums_ptr": None, "mean_ptr": None, **known},
+        config,
+    )
+    # Only scales have their mean subtracted, and they are float32.
+    for sums in (1, *CAPACITIES) if dtype == "fp32" else ():
+        numbers = {"n_sums": "i32", "divisor": "i32"} if sums > 1 else {}
         yield Variant(
-            f"quantize_blockwise {'less offset ' if subtract else ''}{tag}",
+            f"quantize_blockwise less the mean of {sums} sums {tag}",
             _quantize_blockwise_kernel,
-            {**pointers, "n": length} | (offset if subtract else {}),
-            {"SUBTRACT": subtract, **tile, "USE_ASM": True} | ({} if subtract else dict.fromkeys(offset)),
+            {**pointers, "sums_ptr": "*fp32", "mean_ptr": "*fp32", "n": length, **numbers},
+            {"SUMS": max(sums, CAPACITIES[0]), **tile, "USE_ASM": True} | ({} if numbers else known),
             config,
         )
     tile, config = _tile("dequantize_blockwise", blocksize)

@@ -1,9 +1,11 @@
 """The 8-bit blockwise pair: any ascending 256-entry map, one float32 scale a block.
 
-It carries the scales of double quantization, a 64th of the data or less.
+It carries the scales of double quantization, a 64th of the data or less, and finishes their mean (`mean.py`).
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left
 
 import torch
 import triton
@@ -13,6 +15,7 @@ from ..format import block_count
 from ..tuning import LaunchConfig
 from ._launch import Launcher
 from ._tile import flush_subnormal, lane_id, reciprocal
+from .mean import CAPACITIES, finish_mean
 
 _LANES = tl.constexpr(32)
 
@@ -44,6 +47,11 @@ def _assembly() -> str:
 
 
 _ASSEMBLY = tl.constexpr(_assembly())
+# $0 to $7 = this lane's eight codes, $8 = the first of the next lane's; $9 = their address.
+_LOAD_CODES = tl.constexpr(
+    "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$9]; ld.global.nc.v4.f32 {$4, $5, $6, $7}, [$9 + 16];"
+    "shfl.sync.down.b32 $8, $0, 1, 31, 0xffffffff;"
+)
 _CONSTRAINTS = tl.constexpr("=r" + ",f" * 9)
 
 
@@ -53,33 +61,47 @@ def _midpoint(code_ptr, lower):
 
 
 @triton.jit
+def _nearest_by_shuffles(scaled, code_ptr):
+    """The map is spread over the lanes of the warp: twelve shuffles, where bisecting it in memory takes sixteen loads
+    that mostly conflict."""
+    lane = lane_id()
+    c0, c1, c2, c3, c4, c5, c6, c7, after = tl.inline_asm_elementwise(
+        _LOAD_CODES,
+        "=f,=f,=f,=f,=f,=f,=f,=f,=f,l",
+        [(code_ptr + lane * 8).to(tl.int64)],
+        dtype=(tl.float32,) * 9,
+        is_pure=True,
+        pack=1,
+    )
+    return tl.inline_asm_elementwise(
+        _ASSEMBLY,
+        _CONSTRAINTS,
+        [
+            scaled,
+            (c0 + c1) * 0.5,
+            (c1 + c2) * 0.5,
+            (c2 + c3) * 0.5,
+            (c3 + c4) * 0.5,
+            (c4 + c5) * 0.5,
+            (c5 + c6) * 0.5,
+            (c6 + c7) * 0.5,
+            # Above the last code there is nothing.
+            tl.where(lane == _LANES - 1, float("inf"), (c7 + after) * 0.5),
+        ],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def nearest_index(scaled, code_ptr, USE_ASM: tl.constexpr):
     """Index of the nearest code; half way goes down from an even index and up from an odd one, NaN gives 0.
 
-    By shuffles, with the map spread over the lanes of the warp: twelve, where bisecting it in memory takes sixteen
-    loads that mostly conflict.  The twin without inline assembly is for the interpreter.
+    The twin without inline assembly is for the interpreter.
     """
     if USE_ASM:
-        lane = lane_id()
-        index = tl.inline_asm_elementwise(
-            _ASSEMBLY,
-            _CONSTRAINTS,
-            [
-                scaled,
-                _midpoint(code_ptr, lane * 8),
-                _midpoint(code_ptr, lane * 8 + 1),
-                _midpoint(code_ptr, lane * 8 + 2),
-                _midpoint(code_ptr, lane * 8 + 3),
-                _midpoint(code_ptr, lane * 8 + 4),
-                _midpoint(code_ptr, lane * 8 + 5),
-                _midpoint(code_ptr, lane * 8 + 6),
-                # Above the last code there is nothing.
-                tl.where(lane == _LANES - 1, float("inf"), _midpoint(code_ptr, lane * 8 + 7)),
-            ],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        index = _nearest_by_shuffles(scaled, code_ptr)
     else:
         index = tl.zeros_like(scaled).to(tl.int32)
         for bit in tl.static_range(7, -1, -1):
@@ -97,20 +119,27 @@ def _quantize_blockwise_kernel(
     code_ptr,
     out_ptr,
     absmax_ptr,
-    offset_ptr,
+    sums_ptr,
+    mean_ptr,
     n,
-    SUBTRACT: tl.constexpr,
+    n_sums,
+    divisor,
+    SUMS: tl.constexpr,
     QUANT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
+    """SUMS: how many numbers there may be in `sums_ptr`, whose mean is subtracted first; 0 is none."""
     offs_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offs_x = offs_block[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     mask_x = offs_x < n
     x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
-    if SUBTRACT:
+    if SUMS:
+        mean = finish_mean(sums_ptr, n_sums, divisor, SUMS, USE_ASM)
+        if tl.program_id(0) == 0:
+            tl.store(mean_ptr, mean)
         # The tail stays zero, so that it changes no maximum.
-        x = tl.where(mask_x, x - tl.load(offset_ptr), 0.0)
+        x = tl.where(mask_x, x - mean, 0.0)
     absmax = flush_subnormal(tl.max(tl.abs(x), axis=1))
     index = nearest_index(x * reciprocal(absmax, USE_ASM)[:, None], code_ptr, USE_ASM)
     tl.store(out_ptr + offs_x, index.to(tl.uint8), mask=mask_x)
@@ -141,23 +170,58 @@ _launch_dequantize = Launcher(_dequantize_blockwise_kernel, enable_fp_fusion=Fal
 
 
 def quantize_blockwise_triton(
-    A: torch.Tensor, code: torch.Tensor, blocksize: int, offset: torch.Tensor | None, config: LaunchConfig
+    A: torch.Tensor, code: torch.Tensor, blocksize: int, config: LaunchConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the quantizer on A, contiguous, float32/float16/bfloat16, not empty; `code` float32[256] ascending.
+    """Launch the quantizer on A, contiguous, float32/float16/bfloat16, not empty.
 
-    `offset`, a float32 scalar tensor or None, is subtracted from A first.
+    Args:
+        code: float32[256] ascending, aligned to 16 bytes.
 
     Returns:
         uint8 indices of A's shape, and absmax float32[ceil(n/blocksize)].
     """
+    return _quantize(A, code, blocksize, (None, None), (1, 1), 0, config)
+
+
+def quantize_scales_triton(
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    sums: torch.Tensor,
+    divisor: int,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the quantizer on absmax, float32 and contiguous, less its mean.
+
+    Args:
+        sums: float32, at most 1024: the mean is their tree divided by `divisor` (`finish_mean`).
+
+    Returns:
+        as `quantize_blockwise_triton`, and the mean, a float32 scalar.
+    """
+    mean = absmax.new_empty(())
+    n_sums = sums.numel()
+    capacity = CAPACITIES[bisect_left(CAPACITIES, n_sums)]
+    return *_quantize(absmax, code, blocksize, (sums, mean), (n_sums, divisor), capacity, config), mean
+
+
+def _quantize(
+    A: torch.Tensor,
+    code: torch.Tensor,
+    blocksize: int,
+    sums_and_mean: tuple[torch.Tensor | None, torch.Tensor | None],
+    n_sums_and_divisor: tuple[int, int],
+    capacity: int,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
     n = A.numel()
     out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
     absmax = torch.empty(block_count(n, blocksize), dtype=torch.float32, device=A.device)
     _launch_quantize(
         (-(-n // (blocksize * config.rows)), 1, 1),
-        (A, code, out, absmax, offset),
-        (n,),
-        (offset is not None, blocksize, config.rows, A.is_cuda),
+        (A, code, out, absmax, *sums_and_mean),
+        (n, *n_sums_and_divisor),
+        (capacity, blocksize, config.rows, A.is_cuda),
         config,
     )
     return out, absmax

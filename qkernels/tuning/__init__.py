@@ -60,3 +60,14 @@ def elementwise_config(op: str, blocksize: int) -> LaunchConfig:
     tile = _TILES[op]
     rows = max(1, tile.elements // blocksize)
     return LaunchConfig(rows, tile.num_warps * (rows * blocksize // tile.elements), tile.max_registers)
+
+
+@lru_cache
+def partial_sums_config(ctas: int) -> LaunchConfig:
+    """Configuration of the first half of the mean; rows are slots, one a thread where each CTA has a program.
+
+    Args:
+        ctas: in which torch would sum.  One CTA's 512 slots sum up to 64 vectors each, one after the other, so they are
+            spread over 16 programs, a component a thread, for more loads in flight.
+    """
+    return LaunchConfig(512, 16) if ctas > 1 else LaunchConfig(32, 4)

@@ -18,6 +18,7 @@ import qkernels
 from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import block_count, code_table, dynamic_map, packed_length
 from qkernels.kernels._encode import bucket_table
+from qkernels.kernels.mean import SLOTS, order_of, partial_sums_triton
 from qkernels.reference import (
     decode_absmax_reference,
     dequantize_4bit_reference,
@@ -135,22 +136,42 @@ def test_dequantize_4bit(variant, quant_type):
 @pytest.mark.parametrize("variant", cases("quantize_blockwise"))
 def test_quantize_blockwise(variant):
     kernel, dtype = PtxKernel(variant, "sm_75"), dtype_of(variant)
-    blocksize, code = variant.constants["QUANT_BLOCK"], dynamic_map(device())
+    blocksize, capacity = variant.constants["QUANT_BLOCK"], variant.constants["SUMS"]
+    code = dynamic_map(device())
     for n in lengths(variant):
-        for mean in (0.75, -0.75) if variant.constants["SUBTRACT"] else (0.0,):
+        for mean in (0.75, -0.75) if capacity else (0.0,):
             x = values(n, dtype)
             edges = blocks_at_midpoints(code, blocksize, mean).to(dtype)[:n]
             x[: len(edges)] = edges
             index, absmax = filled(n, torch.uint8), filled(block_count(n, blocksize), torch.float32)
-            offset = torch.tensor(mean, device="cuda")
             arguments = {"x_ptr": x, "code_ptr": code, "out_ptr": index, "absmax_ptr": absmax, "n": n}
-            kernel(grid(variant, n), {**arguments, "offset_ptr": offset})
+            # As many sums as there may be, so that the tree over them has work to do; their mean is exact.
+            n_sums = variant.constants.get("n_sums", capacity)
+            sums, returned = torch.full((n_sums,), mean, device="cuda"), filled(1, torch.float32)
+            arguments |= {"sums_ptr": sums, "mean_ptr": returned, "n_sums": n_sums, "divisor": n_sums}
+            kernel(grid(variant, n), arguments)
+            offset = torch.tensor(mean, device="cuda")
             expected, expected_absmax = quantize_blockwise_reference(x, code, blocksize, offset, gpu_reciprocal)
             assert_bits_equal(absmax, expected_absmax)
             assert_bits_equal(index, expected)
             native, native_state = qkernels.quantize_blockwise(x - offset if mean else x, blocksize=blocksize)
             assert_bits_equal(absmax, native_state.absmax)
             assert_bits_equal(index, native)
+            if capacity:
+                assert_bits_equal(returned[0], offset)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in variants() if variant.name.startswith("partial_sums ")])
+def test_partial_sums(variant):
+    kernel, whole = PtxKernel(variant, "sm_75"), variant.constants["WHOLE"]
+    for n in (2048, 4099, 100_003):
+        x = torch.rand(n, device="cuda")
+        order = order_of(n, 7 if whole else 1)
+        native = partial_sums_triton(x, order, variant.config)
+        sums = filled(order.n_sums, torch.float32)
+        arguments = {"x_ptr": x, "sums_ptr": sums, "n": n, "ctas": order.ctas, "rounds": order.rounds}
+        kernel((order.ctas, SLOTS // variant.config.rows, 1), arguments)
+        assert_bits_equal(sums, native)
 
 
 @pytest.mark.parametrize("variant", cases("dequantize_blockwise"))

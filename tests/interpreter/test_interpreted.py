@@ -12,18 +12,24 @@ from edges import blocks_at_midpoints, blocks_at_thresholds
 
 from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.format import BLOCKSIZES, QUANT_STORAGES, QUANT_TYPES, dynamic_map
-from qkernels.kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton
+from qkernels.kernels.blockwise import (
+    dequantize_blockwise_triton,
+    quantize_blockwise_triton,
+    quantize_scales_triton,
+)
 from qkernels.kernels.dequantize import dequantize_4bit_triton
 from qkernels.kernels.dropout import dropout_triton
+from qkernels.kernels.mean import order_of, partial_sums_triton
 from qkernels.kernels.quantize import quantize_4bit_triton
 from qkernels.reference import (
     decode_absmax_reference,
     dequantize_4bit_reference,
     dequantize_blockwise_reference,
+    mean_reference,
     quantize_4bit_reference,
     quantize_blockwise_reference,
 )
-from qkernels.tuning import DROPOUT_CONFIG, elementwise_config
+from qkernels.tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
 
 # bf16 is not tried: the interpreter computes in numpy, which has no such type.
 DTYPES = [torch.float32, torch.float16]
@@ -33,7 +39,7 @@ CODE = dynamic_map(torch.device("cpu"))
 
 def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.dtype == expected.dtype
-    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(actual.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
 def awkward_values(n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +123,7 @@ def test_blockwise(blocksize, dtype):
     for n in LENGTHS:
         values = awkward_values(n, dtype)
         config = elementwise_config("quantize_blockwise", blocksize)
-        index, absmax = quantize_blockwise_triton(values, CODE, blocksize, None, config)
+        index, absmax = quantize_blockwise_triton(values, CODE, blocksize, config)
         expected, expected_absmax = quantize_blockwise_reference(values, CODE, blocksize)
         assert torch.equal(index, expected)
         assert_bits_equal(absmax, expected_absmax)
@@ -126,22 +132,44 @@ def test_blockwise(blocksize, dtype):
         assert_bits_equal(out, dequantize_blockwise_reference(expected, expected_absmax, CODE, blocksize, dtype))
 
 
-def test_blockwise_subtracts_an_offset():
+def test_scales_less_their_mean():
+    config = elementwise_config("quantize_blockwise", 256)
     for n in LENGTHS:
-        values, offset = torch.rand(n), torch.tensor(0.37)
-        config = elementwise_config("quantize_blockwise", 256)
-        index, absmax = quantize_blockwise_triton(values, CODE, 256, offset, config)
-        expected, expected_absmax = quantize_blockwise_reference(values, CODE, 256, offset)
+        values, mean = torch.rand(n), torch.tensor(0.37)
+        index, absmax, returned = quantize_scales_triton(values, CODE, 256, mean.view(1), 1, config)
+        expected, expected_absmax = quantize_blockwise_reference(values, CODE, 256, mean)
         assert torch.equal(index, expected)
         assert_bits_equal(absmax, expected_absmax)
+        assert_bits_equal(returned, mean)
+
+
+@pytest.mark.parametrize(("ctas", "n"), [(1, 2048), (1, 2049), (1, 9003), (2, 9003), (3, 20_000), (130, 20_002)])
+def test_the_mean_is_summed_in_the_order_of_the_reference(ctas, n):
+    values = torch.rand(n)
+    sums = partial_sums_triton(values, order_of(n, ctas), partial_sums_config(ctas))
+    *_, mean = quantize_scales_triton(values, CODE, 256, sums, n, elementwise_config("quantize_blockwise", 256))
+    assert_bits_equal(mean, mean_reference(values, ctas))
+    torch.testing.assert_close(mean, values.mean())
+
+
+def test_many_sums_are_finished_in_the_order_of_the_reference():
+    sums = torch.rand(600)
+    values = torch.zeros(600, 2048)
+    values[:, 0] = sums
+    config = elementwise_config("quantize_blockwise", 256)
+    *_, mean = quantize_scales_triton(sums, CODE, 256, sums, values.numel(), config)
+    assert_bits_equal(mean, mean_reference(values.view(-1), 600))
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.75, -0.75])
 def test_blockwise_breaks_ties_towards_the_even_index(mean):
-    values, offset = blocks_at_midpoints(CODE, 256, mean), torch.tensor(mean)
+    values = blocks_at_midpoints(CODE, 256, mean)
     config = elementwise_config("quantize_blockwise", 256)
-    index, _ = quantize_blockwise_triton(values, CODE, 256, offset, config)
-    assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256, offset)[0])
+    if mean:
+        index, *_ = quantize_scales_triton(values, CODE, 256, torch.tensor([mean]), 1, config)
+    else:
+        index, _ = quantize_blockwise_triton(values, CODE, 256, config)
+    assert torch.equal(index, quantize_blockwise_reference(values, CODE, 256, torch.tensor(mean))[0])
     tie, above, below = index.view(-1, 256)[:, 1:4].int().unbind(1)
     assert (tie % 2 == 0).all()
     assert (above == below + 1).all()
