@@ -61,7 +61,7 @@ records: $(VENV)/dev.stamp
 		--gpu-record
 	$(PIP) -e '.[peers]'
 	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
-		$(foreach m,1 16 128 1024,--m $(m)) --gpu-record
+		--dtype bfloat16 $(foreach m,1 16 128 1024,--m $(m)) --gpu-record
 	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
 	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.plan_check --data $(DATA) --out $(RESULTS)

@@ -23,6 +23,8 @@ LIBRARIES = (
     "datasets",
     "safetensors",
     "bitsandbytes",
+    "torchao",
+    "gemlite",
 )
 
 

@@ -1,8 +1,6 @@
 """Compile on every core what a benchmark is about to launch, before its clock starts.
 
-    with learned() as compilations:
-        launch_everything()  # compiles, launches and computes nothing
-    compile_all(compilations)
+    compile_ahead(launch_everything)
 
 Triton compiles a variant at its first launch, one after the other in one thread.  Its hook before a compilation may
 refuse it: so the launches themselves say which variants they need.  Processes without a GPU compile these into Triton's
@@ -20,7 +18,8 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +78,15 @@ def learned() -> Iterator[list[Compilation]]:
     finally:
         triton.knobs.runtime.jit_cache_hook = None
     compilations += found.values()
+
+
+def compile_ahead(launch: Callable[[], None]) -> None:
+    """Compile on all cores what `launch` would launch one after the other; it launches and computes nothing here."""
+    with learned() as compilations:
+        launch()
+    begin = time.perf_counter()
+    compile_all(compilations)
+    print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 def compile_all(compilations: Sequence[Compilation], processes: int | None = None) -> None:

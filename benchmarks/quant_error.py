@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qkernels
 from qkernels import BLOCKSIZES
 from qkernels.errors import UserError
 from qlora.checkpoint import check_writable
@@ -32,6 +33,7 @@ from .error.distributions import DISTRIBUTIONS
 from .error.formats import FORMATS, NESTED_BLOCK, RIVALS
 from .error.sources import folder_of, matrices
 from .error.statistics import FEWEST_GROUPS
+from .precompile import compile_ahead
 from .report import Row
 
 # The tutorial trains on the first 50 prompts; the rest is held out.
@@ -92,10 +94,19 @@ def _output_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
         found = list(itertools.islice(matrices(folder_of(name)), options.matrices))
         tensor, weight = max(found[len(found) // 2 :], key=lambda one: one[1].numel())
         sources.append((f"{name} {tensor}", weight))
+    if device == "cuda":
+        compile_ahead(lambda: _launch_products(options, [weight for _, weight in sources]))
     total = len(sources) * len(options.dtype) * len(options.m) * 2
     for name, weight in sources:
         for dtype in options.dtype:
             yield from outputs.output_rows(name, weight, getattr(torch, dtype), tuple(options.m), device, total)
+
+
+def _launch_products(options: argparse.Namespace, weights: list[torch.Tensor]) -> None:
+    for weight, dtype, m in itertools.product(weights, options.dtype, options.m):
+        packed, state = qkernels.quantize_4bit(weight.to("cuda"), **outputs.FORMAT)
+        x = torch.empty(m, weight.shape[1], device="cuda", dtype=getattr(torch, dtype))
+        qkernels.matmul_4bit(x, packed, state)
 
 
 def _model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
@@ -154,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--blocksize", nargs="+", type=int, choices=BLOCKSIZES, default=list(BLOCKSIZES))
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
-    parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="rows of x")
+    parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 1024], help="rows of x")
     add_data_flag(parser)
     parser.add_argument("--texts", type=int, default=24, help="held-out prompts for --level model")
     return parser

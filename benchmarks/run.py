@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -26,10 +25,10 @@ from .compare import AGAIN, OURS, RESULTS, noise
 from .gauges import Clock, peak_mib
 from .modules import MODULES
 from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy, peak
-from .precompile import compile_all, learned
+from .precompile import compile_ahead
 from .products import PRODUCTS
 from .report import Row
-from .rivals import WITH_RIVALS, with_rivals
+from .rivals import TORCHAO, WITH_RIVALS, with_rivals
 from .timing import Call, Timing, flushed, graph, host, wall
 
 # Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     shapes = _shapes(options)
     if device == "cuda":
-        _compile_ahead(options, shapes)
+        compile_ahead(lambda: _launch_products(options, shapes))
     peaks: dict[tuple[str, str], float] = {}
     with Clock() as clock:
         for number, (shape, model) in enumerate(shapes.items()):
@@ -103,20 +102,15 @@ def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
     return options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS))
 
 
-def _compile_ahead(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
-    """Our kernels, on all cores: one after the other, at their first launches, they take longer than the timing."""
+def _launch_products(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
     rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
-    with learned() as compilations:
-        for shape, name in product(shapes, options.dtype):
-            weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
-            packed, state = qkernels.quantize_4bit(weight, **FORMAT)
-            qkernels.dequantize_4bit(packed, state)
-            for m in rows if shape != OUTPUT_LAYER else ():
-                qkernels.matmul_4bit(weight.new_empty(m, shape[1]), packed, state)
-                qkernels.matmul_4bit_dx(weight.new_empty(m, shape[0]), packed, state)
-    begin = time.perf_counter()
-    compile_all(compilations)
-    print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
+    for shape, name in product(shapes, options.dtype):
+        weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
+        packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+        qkernels.dequantize_4bit(packed, state)
+        for m in rows if shape != OUTPUT_LAYER else ():
+            qkernels.matmul_4bit(weight.new_empty(m, shape[1]), packed, state)
+            qkernels.matmul_4bit_dx(weight.new_empty(m, shape[0]), packed, state)
 
 
 def _cases(options: argparse.Namespace, weight: torch.Tensor, first: bool) -> Iterator[tuple[str, Measured]]:
@@ -197,6 +191,8 @@ def _not_capturable(provider: str, op: str) -> str | None:
         return "its quantizer launches on the legacy default stream, which a graph cannot capture"
     if "checking" in provider:
         return "the check waits for the device"
+    if provider == TORCHAO:
+        return "it copies from the host"
     return None
 
 

@@ -61,13 +61,14 @@ def matmul(rows: list[Row]) -> Figure:
 
 
 def roofline_us(row: Row, rows: Iterable[Row]) -> float:
-    """The least time of a product: its bytes at the copy's bandwidth or its FLOPs at the best rate of torch's product.
+    """The least time of a product: its bytes at the copy's bandwidth or its FLOPs at the best rate of torch's products.
 
     Both rates are of the same run, dtype and clock; the copy is that of the same shape.
     """
     peers = [one for one in rows if one["status"] == "ok"]
     copies = [one["gbps"] for one in peers if one["op"] == "copy" and _shape(one) == _shape(row)]
-    rates = [one["flops"] / one["median_us"] for one in peers if one["op"] == "matmul" and one["provider"] == "torch"]
+    by_torch = [one for one in peers if one["op"] in ("matmul", "peak") and one["provider"] == "torch"]
+    rates = [one["flops"] / one["median_us"] for one in by_torch]
     return max(row["bytes"] / max(copies) / 1e3, row["flops"] / max(rates))
 
 

@@ -1,7 +1,7 @@
 """Three ways to time an operation on a GPU, and one on a CPU; each gives percentiles of repeated runs.
 
-* `flushed`: the L2 cache is emptied before every call, and events stand around the call; it carries a few microseconds
-  of launch time.
+* `flushed`: the L2 cache is emptied before every call, and events stand around the call.  Emptying it takes the GPU
+  longer than the host takes to launch the call, so no wait for the host is in the time.
 * `graph`: calls over enough different inputs to overflow the L2 cache, captured in one CUDA graph; no launch gaps.
 * `host`: a CPU's clock around calls that are not waited for: what the host spends on a call, where the GPU is faster.
 * `wall`: a CPU's clock around the call, for trials.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,38 @@ class Timing:
     p80_us: float
 
 
-def flushed(call: Call) -> Timing:
-    """Time one call at a time, each with a cold L2 cache."""
-    from triton.testing import do_bench
+def flushed(call: Call, seconds: float = 0.06) -> Timing:
+    """Time one call at a time, each with a cold L2 cache, for about so many seconds."""
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(3):  # compiles and warms up
+        call()
+    fill_s = _seconds(buffer.zero_)
+    begin = time.perf_counter()
+    for _ in range(3):
+        call()
+    fills = 1 + math.ceil((time.perf_counter() - begin) / 3 / fill_s)
+    repeats = min(200, max(20, int(seconds / (fills * fill_s + _seconds(call)))))
+    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    for before, after in pairs:
+        for _ in range(fills):
+            buffer.zero_()
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return _percentiles([1e3 * before.elapsed_time(after) for before, after in pairs])
 
-    p20, median, p80 = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
-    return Timing(1e3 * median, 1e3 * p20, 1e3 * p80)
+
+def _seconds(call: Call) -> float:
+    """The GPU's time for a call, roughly."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    for _ in range(3):
+        call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 3e3
 
 
 def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:

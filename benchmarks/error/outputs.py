@@ -52,6 +52,7 @@ def output_rows(
     expected = _relative_norm(decoded - exact, exact)
     for m in ms:
         calls = -(-FEWEST_ROWS // m)
+        kernel = qkernels.explain(m, weight.shape[0], weight.shape[1], dtype, device).implementation
         x = torch.randn(calls, m, weight.shape[1], generator=torch.Generator().manual_seed(m)).to(device, dtype)
         truth, of_decoded = x.double() @ exact.t(), x.double() @ decoded.t()
         for provider, product in _providers(weight, packed, state).items():
@@ -66,6 +67,7 @@ def output_rows(
                 "device": device,
                 "m": m,
                 "provider": provider,
+                "implementation": kernel if provider == "qkernels" else None,
                 "x_rows": calls * m,
             }
             errors = {"total": y - truth, "quantization": in_float64 - truth, "arithmetic": y - in_float64}

@@ -48,7 +48,7 @@ def _intro(found: dict[str, tuple[Path, list[Row]]]) -> list[str]:
     lines = ["Made by python -m benchmarks.quant_error; docs/error.md says what is measured, how, and how to read it."]
     for path, rows in found.values():
         first = rows[0]
-        versions = ", ".join(f"{name} {first[name]}" for name in LIBRARIES if first[name] is not None)
+        versions = ", ".join(f"{name} {first[name]}" for name in LIBRARIES if first.get(name) is not None)
         changes = " with changes" if first["dirty"] else ""
         where = first["gpu"] or first["processor"]
         lines.append(f"{path.name}: commit {first['commit']}{changes}, {first['date']}, {where}, {versions}.")

@@ -156,7 +156,7 @@ def of_outputs(rows: list[Row]) -> list[Section]:
             f"{row['weights']}, {row['rows']} x {row['columns']}",
             row["dtype"],
             str(row["m"]),
-            row["provider"],
+            f"{row['provider']}, {row['implementation']}" if row.get("implementation") else row["provider"],
             *(f"{row[key]:.3e}" for key in ("total", "quantization", "quantization_expected")),
             with_interval(row, "arithmetic", "{:.3e}".format),
             f"{row['arithmetic_expected']:.3e}",
