@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-interpreter test-gpu check format bench bench-compare bench-smoke records figures readme clean
+.PHONY: demo test test-interpreter test-gpu check format bench bench-compare tune bench-smoke records figures readme clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/qlora demo
@@ -46,9 +46,15 @@ bench-compare: $(VENV)/dev.stamp
 		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
 
+# Every way to compute a product, on an NVIDIA GPU; then whether the dispatch chooses the fastest of them.
+tune: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.tune --out $(RESULTS)
+	$(BIN)/python -m benchmarks.choice
+
 bench-smoke: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --op quantize_blockwise \
 		--op dequantize_blockwise --all-rivals --smoke --out build/smoke
+	$(BIN)/python -m benchmarks.tune --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
 
 # Every record that needs an NVIDIA GPU, by the commands of docs/benchmarks.md, and what is made of them.  Give it the

@@ -19,6 +19,7 @@ import triton.language as tl
 
 import qkernels
 import qlora
+from qkernels.reference import decode_absmax_reference
 
 from .operations import FORMAT, GateError, Measured, Provider, on_packed, stored_bytes
 from .timing import Call
@@ -130,6 +131,15 @@ def gate(
             raise GateError(
                 f"{what} error of {name} is {our:.3g}, of bitsandbytes {their:.3g}, of torch's product {own:.3g}"
             )
+
+
+def exact_weight(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Code times scale in float64 [N, K], of float32 codes and float32 scales; nothing is rounded."""
+    assert state.state2 is not None
+    byte = packed.view(-1).view(torch.uint8).long()
+    codes = torch.stack([state.code.double()[byte >> 4], state.code.double()[byte & 15]], 1).view(-1, state.blocksize)
+    scales = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)
+    return (codes * scales.double()[:, None]).view(state.shape)
 
 
 def _close(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

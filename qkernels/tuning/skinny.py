@@ -6,6 +6,7 @@ Room: tables as reviewed Python.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 CHUNK = 128  # k that a quad of lanes loads of a row at once
@@ -78,6 +79,33 @@ def skinny_limit(sm: int) -> int:
     return _LIMIT.get(generation(sm), 0)
 
 
+def _config(M: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
+    columns = next(columns for columns in _SHAPES if columns >= M)
+    shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
+
+
+def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
+    return config.rows <= N and config.shared_bytes <= SHARED_LIMIT_BYTES[known]
+
+
+def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
+    """Every configuration for x [M, K] and W [N, K] that gives half of the multiprocessors a program.
+
+    None where the kernel is not for so many rows of x, or not for the GPU.
+    """
+    known = generation(sm)
+    if known == 0 or max(_SHAPES) < M:
+        return []
+    found = []
+    for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
+        config = _config(M, K, known, tiles, row_warps, num_warps)
+        enough = config.rows == 16 or config.rows * _PROCESSORS[known] <= 2 * N
+        if _fits(config, N, known) and enough:
+            found.append(config)
+    return found
+
+
 @lru_cache(maxsize=4096)
 def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     """Configuration for x [M, K] and W [N, K]: the most rows of W a program that leave enough programs.
@@ -90,16 +118,13 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
         None where no program fits: N is below 16, or the scales of a whole row of W exceed shared memory.
     """
     known = generation(sm)
-    columns = next(columns for columns in _SHAPES if columns >= M)
     best = None
-    for tiles, row_warps, num_warps, programs in _SHAPES[columns]:
+    for tiles, row_warps, num_warps, programs in _SHAPES[next(columns for columns in _SHAPES if columns >= M)]:
         if (tiles, row_warps) == (1, 1) and M <= 4 and K >= _LONG_K:
             num_warps = _LONG_WARPS
         if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
             programs = _LONG_PROGRAMS
-        shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
-        config = SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
-        fits = config.rows <= N and shared <= SHARED_LIMIT_BYTES[known]
-        if fits and config.rows * programs * _PROCESSORS[known] <= N:
+        config = _config(M, K, known, tiles, row_warps, num_warps)
+        if _fits(config, N, known) and config.rows * programs * _PROCESSORS[known] <= N:
             best = config
     return best

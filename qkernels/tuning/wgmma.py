@@ -68,17 +68,22 @@ def expected_us(config: WgmmaConfig, M: int, R: int, C: int) -> float:
     return us
 
 
-@lru_cache(maxsize=4096)
-def wgmma_config(M: int, N: int, K: int, backward: bool) -> WgmmaConfig:
-    """Configuration for x [M, K] and W [N, K]; backward, for dy [M, N] and W."""
+def wgmma_candidates(M: int, N: int, K: int, backward: bool) -> list[WgmmaConfig]:
+    """Every configuration for x [M, K] and W [N, K]; backward, for dy [M, N] and W; the one expected fastest first."""
     R, C = (K, N) if backward else (N, K)
-    found = []
+    found = set()
     for columns in _TILES:
         tiles = -(-M // columns) * -(-R // ROWS)
         for whole_tiles in {tiles, tiles - tiles % _PROCESSORS}:
             for parts in range(1, _MOST_PARTS + 1):
-                found.append(tiling(M, R, C, columns, parts, whole_tiles))
-    return min(found, key=lambda config: (expected_us(config, M, R, C), config))
+                found.add(tiling(M, R, C, columns, parts, whole_tiles))
+    return sorted(found, key=lambda config: (expected_us(config, M, R, C), config))
+
+
+@lru_cache(maxsize=4096)
+def wgmma_config(M: int, N: int, K: int, backward: bool) -> WgmmaConfig:
+    """Configuration for x [M, K] and W [N, K]; backward, for dy [M, N] and W."""
+    return wgmma_candidates(M, N, K, backward)[0]
 
 
 def wgmma_limit(N: int, K: int) -> int:

@@ -1,0 +1,140 @@
+"""Do the dispatch and its tables choose the fastest of what was measured?
+
+    python -m benchmarks.choice benchmarks/results/tune-....csv       # default: the newest record of `benchmarks.tune`
+
+At every measured point the time of what is chosen now may exceed that of the fastest candidate of all, whatever its
+implementation and configuration, by 3%.  It ends with 1 where it exceeds it by more, or where what is chosen was not
+measured.  No GPU is needed: a changed rule or table is held against the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qkernels.dispatch import Product
+
+from . import candidates
+from .compare import RESULTS
+from .report import Row, read_csv
+
+TOLERANCE = 0.03
+# Implementation and configuration, as they stand in a record.
+Name = tuple[str, str]
+
+
+class Loss(NamedTuple):
+    """Attributes:
+    product: the measured point.
+    chosen, best: what is chosen for it, and the fastest candidate.
+    chosen_us, best_us: their times; None where what is chosen was not measured.
+    """
+
+    product: Product
+    chosen: Name
+    best: Name
+    chosen_us: float | None
+    best_us: float
+
+    @property
+    def share(self) -> float:
+        """By how much the chosen one is slower: 0.03 is 3%."""
+        return math.inf if self.chosen_us is None else self.chosen_us / self.best_us - 1
+
+
+def product_of(row: Row) -> Product:
+    """The point that a row was measured at."""
+    major, minor = str(row["capability"] or "0.0").split(".")
+    dtype = getattr(torch, row["dtype"])
+    backward = row["op"] == "matmul_dx"
+    return Product(row["m"], row["rows"], row["columns"], dtype, (int(major), int(minor)), backward=backward)
+
+
+def name_of(row: Row) -> Name:
+    return row["implementation"], row["configuration"] or ""
+
+
+def times(rows: Iterable[Row]) -> dict[Product, dict[Name, float]]:
+    """Microseconds of each candidate at each point: of those that were timed twice the second time."""
+    found: dict[Product, dict[Name, float]] = {}
+    for row in sorted(rows, key=lambda row: row["round"]):
+        found.setdefault(product_of(row), {})[name_of(row)] = row["median_us"]
+    return found
+
+
+def choose(product: Product) -> Name:
+    """What the dispatch and the tables choose."""
+    taken = candidates.chosen(product)
+    return taken.implementation, taken.configuration
+
+
+def losses(rows: Iterable[Row], choose: Callable[[Product], Name] = choose) -> Iterator[Loss]:
+    """What is chosen beside the fastest, at every point."""
+    for product, measured in times(rows).items():
+        best = min(measured, key=lambda name: measured[name])
+        taken = choose(product)
+        yield Loss(product, taken, best, measured.get(taken), measured[best])
+
+
+def too_slow(rows: Iterable[Row], choose: Callable[[Product], Name] = choose) -> list[Loss]:
+    """The points at which what is chosen is slower than allowed, or was not measured."""
+    return [loss for loss in losses(rows, choose) if not loss.share <= TOLERANCE]
+
+
+def text(loss: Loss) -> str:
+    """A line."""
+    product = loss.product
+    op = "matmul_dx" if product.backward else "matmul"
+    dtype = str(product.dtype).removeprefix("torch.")
+    where = f"{op} {product.N}x{product.K} {dtype} M={product.M}"
+    best = f"{' '.join(loss.best).strip()}, {loss.best_us:.1f} us"
+    if loss.chosen_us is None:
+        return f"{where}: {' '.join(loss.chosen).strip()} is chosen and was not measured; the fastest is {best}"
+    taken = f"{' '.join(loss.chosen).strip()}, {loss.chosen_us:.1f} us"
+    return f"{where}: {taken} is {100 * loss.share:.1f}% slower than {best}"
+
+
+def summary(rows: list[Row]) -> str:
+    """What the choices lose in the mean and at most, and every point at which it is too much."""
+    found = list(losses(rows))
+    known = [loss.share for loss in found if loss.chosen_us is not None]
+    lines = [text(loss) for loss in too_slow(rows)]
+    if known:
+        mean = math.exp(math.fsum(math.log1p(share) for share in known) / len(known)) - 1
+        lines.append(
+            f"{len(found)} points: what is chosen is {100 * mean:.1f}% slower than the fastest measured (geometric "
+            f"mean), {100 * max(known):.1f}% at most"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check; 0, 1 where something slower is chosen, 2 without a record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.choice", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest)")
+    options = parser.parse_args(arguments)
+    record = options.record or newest(RESULTS)
+    if record is None:
+        print(f"error: no record of benchmarks.tune in {RESULTS}.", file=sys.stderr)
+        return 2
+    rows = read_csv(record)
+    print(f"{record.name}:", summary(rows), sep="\n")
+    return 1 if too_slow(rows) else 0
+
+
+def newest(results: Path) -> Path | None:
+    """The record of `benchmarks.tune` measured last."""
+    found = {path: str(read_csv(path)[0]["date"]) for path in results.glob("tune-*.csv")}
+    return max(found, key=lambda path: (found[path], path.name)) if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the dispatch chooses is held against a record of `benchmarks.tune`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
+
+from benchmarks import candidates, choice, tune
+from benchmarks.report import read_csv, write_csv
+from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
+
+
+def _rows(times, m=8, op="matmul", capability=9.0):
+    """A record of one point: (implementation, configuration, round) -> microseconds."""
+    point = {"op": op, "rows": 4096, "columns": 4096, "dtype": "float16", "m": m, "capability": capability}
+    return [
+        {**point, "implementation": name, "configuration": configuration, "round": number, "median_us": us}
+        for (name, configuration, number), us in times.items()
+    ]
+
+
+TIMES = {
+    (DEQUANTIZE, None, 1): 20.0,
+    (SKINNY, "tiles=1", 1): 5.0,
+    (SKINNY, "tiles=2", 1): 4.0,
+    (SKINNY, "tiles=1", 2): 5.0,
+    (SKINNY, "tiles=2", 2): 4.9,
+}
+
+
+def test_what_is_as_fast_as_the_fastest_passes():
+    rows = _rows(TIMES)
+    assert choice.too_slow(rows, lambda product: (SKINNY, "tiles=2")) == []
+    # The second time counts: tiles=2 was fastest by chance, and is 2% faster.
+    (loss,) = choice.losses(rows, lambda product: (SKINNY, "tiles=1"))
+    assert (loss.chosen_us, loss.best_us) == (5.0, 4.9)
+    assert choice.too_slow(rows, lambda product: (SKINNY, "tiles=1")) == []
+
+
+def test_a_bad_rule_is_seen():
+    rows = _rows(TIMES)
+    (loss,) = choice.too_slow(rows, lambda product: (DEQUANTIZE, ""))
+    assert loss.product == Product(8, 4096, 4096, torch.float16, (9, 0))
+    assert loss.share == pytest.approx(20 / 4.9 - 1)
+    assert "is 308.2% slower than fused skinny tiles=2, 4.9 us" in choice.text(loss)
+    (loss,) = choice.too_slow(rows, lambda product: (SKINNY, "tiles=3"))
+    assert "is chosen and was not measured" in choice.text(loss)
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A record in which the dispatch's choices are the fastest."""
+    rows = []
+    for op, m in (("matmul", 8), ("matmul", 64), ("matmul_dx", 64), ("matmul", 4096)):
+        product = Product(m, 4096, 4096, torch.float16, (9, 0), backward=op == "matmul_dx")
+        taken = candidates.chosen(product)
+        times = {(one.implementation, one.configuration, 1): 10.0 for one in candidates.candidates(product)}
+        rows += _rows(times | {(taken.implementation, taken.configuration, 1): 9.0}, m, op)
+    return write_csv(tmp_path / "tune-test", [{**row, "date": "2026-11-25"} for row in rows])
+
+
+def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
+    assert choice.main([str(record)]) == 0
+    assert "4 points: what is chosen is 0.0% slower than the fastest measured" in capsys.readouterr().out
+    monkeypatch.setattr(candidates, "choose", lambda product: Choice(DEQUANTIZE, "planted"))
+    assert choice.main([str(record)]) == 1
+    said = capsys.readouterr().out
+    assert "matmul 4096x4096 float16 M=8: dequantize + cuBLAS, 10.0 us is 11.1% slower than fused skinny" in said
+
+
+def test_a_point_is_read_back_as_it_was_asked(record):
+    products = {choice.product_of(row) for row in read_csv(record)}
+    assert {(p.M, p.backward, p.capability) for p in products} == {
+        (8, False, (9, 0)),
+        (64, False, (9, 0)),
+        (64, True, (9, 0)),
+        (4096, False, (9, 0)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("backward", "m"), [(False, 1), (False, 32), (False, 33), (True, 1), (True, 512), (False, 1024)]
+)
+def test_what_is_chosen_is_a_candidate(backward, m):
+    for shape in tune._shapes():
+        product = Product(m, *shape, torch.bfloat16, (9, 0), backward=backward)
+        found = candidates.candidates(product)
+        assert candidates.chosen(product) in found
+        assert len({(one.implementation, one.configuration) for one in found}) == len(found)
+        assert {one.implementation for one in found} >= {DEQUANTIZE, WGMMA}
+
+
+def test_a_trial_leaves_a_record_that_can_be_checked(tmp_path):
+    assert tune.main(["--smoke", "--dtype", "float16", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("tune-*.csv")
+    assert choice.newest(tmp_path) == path
+    assert choice.main([str(path)]) == 0
+    rows = read_csv(path)
+    assert {(row["op"], row["m"], row["round"]) for row in rows} == {
+        (op, m, number) for op in ("matmul", "matmul_dx") for m in (1, 16) for number in (1, 2)
+    }
+
+
+def test_a_candidate_that_computes_something_else_is_not_timed(monkeypatch):
+    right = tune.call_of
+    monkeypatch.setattr(tune, "call_of", lambda *arguments: lambda: right(*arguments)() * 1.01)
+    with pytest.raises(tune.GateError, match="error of dequantize"):
+        list(tune._rows(tune._parser().parse_args(["--smoke", "--out", "/nowhere"]), "cpu"))
+
+
+def test_after_the_given_seconds_no_point_is_begun(tmp_path, capsys):
+    assert tune.main(["--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    assert "the rest is not measured" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
