@@ -55,6 +55,7 @@ bench-smoke: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op matmul --op quantize_blockwise \
 		--op dequantize_blockwise --all-rivals --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.tune --smoke --out build/smoke
+	$(BIN)/python -m benchmarks.accuracy --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
 
 # Every record that needs an NVIDIA GPU, by the commands of docs/benchmarks.md, and what is made of them.  Give it the
@@ -68,6 +69,8 @@ records: $(VENV)/dev.stamp
 	$(PIP) -e '.[peers]'
 	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
 		--dtype bfloat16 $(foreach m,1 16 128 1024,--m $(m)) --gpu-record
+	$(BIN)/python -m benchmarks.accuracy --out $(RESULTS)
+	$(MAKE) tune
 	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
 	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.plan_check --data $(DATA) --out $(RESULTS)

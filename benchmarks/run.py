@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
-    shapes = _shapes(options)
+    shapes = shapes_of(options)
     if device == "cuda":
-        compile_ahead(lambda: _launch_products(options, shapes))
+        compile_ahead(lambda: launch_products(options, shapes))
     peaks: dict[tuple[str, str], float] = {}
     with Clock() as clock:
         for number, (shape, model) in enumerate(shapes.items()):
@@ -87,7 +87,7 @@ def _share(rate: float | None, highest: float | None) -> float | None:
     return 100 * rate / highest if rate and highest else None
 
 
-def _shapes(options: argparse.Namespace) -> dict[tuple[int, int], str]:
+def shapes_of(options: argparse.Namespace) -> dict[tuple[int, int], str]:
     """Shape -> the first model that has such a weight."""
     if options.smoke:
         return {(64, 128): "trial"}
@@ -102,7 +102,8 @@ def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
     return options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS))
 
 
-def _launch_products(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
+def launch_products(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
+    """Every kernel of these operations once, for `compile_ahead`."""
     rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
     for shape, name in product(shapes, options.dtype):
         weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
