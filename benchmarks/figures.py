@@ -51,8 +51,14 @@ DRAWN = {
     "error-outputs.png": Drawn("error-outputs-*.csv", figures.outputs, lambda row: True),
     "error-model.png": Drawn("error-model-*.csv", figures.model, lambda row: True),
     "learning.png": Drawn("learning-*.csv", learning.curves, lambda row: True),
-    "throughput-matmul.png": Drawn("matmul*.csv", throughput_figures.matmul, throughput_figures.is_product),
 }
+for _op, _pattern in {"matmul": "matmul*.csv", "matmul_dx": "*matmul_dx*.csv", "lora": "*lora*.csv"}.items():
+    for _dtype in ("float16", "bfloat16"):
+        DRAWN[f"throughput-{_op}-{_dtype}.png"] = Drawn(
+            _pattern,
+            partial(throughput_figures.against_rows, _op, _dtype),
+            throughput_figures.is_of(_op, _dtype),
+        )
 DEFINED: dict[str, Callable[[], Figure]] = {"code-tables.png": figures.code_tables, "cosine.png": figures.cosine}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -15,60 +15,66 @@ COLORS = {
     "qkernels": BLUE,
     "qkernels, dequantize + cuBLAS": SKY,
     "bitsandbytes": ORANGE,
+    "bitsandbytes + peft": ORANGE,
     "torch": BLACK,
+    "torch + peft, 16 bits": BLACK,
     "read only": GREEN,
 }
 OTHERS = (RED, PURPLE)
 # The clock that leaves launches out where there is one.
 METHODS = ("graph", "flushed", "wall")
+# Whose products by torch show the rate that a product can have.
+_RATED = ("matmul", "matmul_dx")
 
 
-def is_product(row: Row) -> bool:
-    return row["op"] == "matmul" and row["status"] == "ok"
+def is_of(op: str, dtype: str) -> Callable[[Row], bool]:
+    """Whether a row is one of the figure's."""
+    return lambda row: (row["op"], row["dtype"], row["status"]) == (op, dtype, "ok")
 
 
-def matmul(rows: list[Row]) -> Figure:
-    """For each shape of the first model the time and, below, the share of the roofline, one line a provider."""
-    method = next(one for one in METHODS if any(row["method"] == one for row in rows))
-    dtype = rows[0]["dtype"]
+def against_rows(op: str, dtype: str, rows: list[Row]) -> Figure:
+    """For each shape the time of an operation against M and, below, its share of the roofline, one line a provider."""
+    shown = is_of(op, dtype)
+    method = next(one for one in METHODS if any(row["method"] == one for row in rows if shown(row)))
     found = [row for row in rows if row["method"] == method and row["dtype"] == dtype]
-    products = [row for row in found if is_product(row)]
-    products = [row for row in products if row["model"] == products[0]["model"]]
-    shapes = sorted({(row["rows"], row["columns"]) for row in products})
-    figure, axes = panels(2, len(shapes), max(4, 2.6 * len(shapes)), 5.6, sharex=True, sharey="row")
+    products = [row for row in found if shown(row)]
+    shapes = sorted({_shape(row) for row in products})
+    figure, axes = panels(2, len(shapes), max(4, 2.2 * len(shapes)), 5.6, sharex=True, sharey="row")
     for column, shape in enumerate(shapes):
-        those = [row for row in products if (row["rows"], row["columns"]) == shape]
+        those = [row for row in products if _shape(row) == shape]
+        above, below = axes[column], axes[len(shapes) + column]
         for number, provider in enumerate(dict.fromkeys(row["provider"] for row in those if row["provider"] != AGAIN)):
             line = sorted((row for row in those if row["provider"] == provider), key=lambda row: row["m"])
             color = COLORS.get(provider, OTHERS[number % len(OTHERS)])
-            _line(axes[column], line, [row["median_us"] for row in line], color)
-            share = [100 * roofline_us(row, found) / row["median_us"] for row in line]
-            _line(axes[len(shapes) + column], line, share, color)
-        axes[column].set_title(f"{shape[0]} x {shape[1]}, {dtype}", loc="left")
-        axes[column].set_yscale("log")
-        axes[column].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes[len(shapes) + column].set_xscale("log", base=4)
-        axes[len(shapes) + column].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes[len(shapes) + column].set_xlabel("M, rows of activations")
-    axes[0].set_ylabel("µs a call (20th to 80th percentile)")
+            _line(above, line, [row["median_us"] for row in line], color)
+            _line(below, line, [100 * roofline_us(row, found) / row["median_us"] for row in line], color)
+        above.set_title(f"{shape[0]} x {shape[1]}", loc="left")
+        above.set_yscale("log")
+        above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        below.set_xscale("log", base=4)
+        ms = sorted({row["m"] for row in products})
+        below.set_xticks(ms[:: -(-len(ms) // 4)], minor=False)
+        below.set_xticks([], minor=True)
+        below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        below.set_xlabel("M, rows of activations")
+    axes[0].set_ylabel(f"{op}, {dtype}: µs a call\n(20th to 80th percentile)")
     axes[len(shapes)].set_ylabel("% of the 4-bit product's roofline")
     axes[len(shapes)].set_ylim(0, 105)
     handles = {label: handle for handle, label in zip(*_legend(axes[: len(shapes)]), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, 2 * len(shapes)), fontsize=8
+        handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, 2 * len(shapes)), fontsize=8
     )
     return figure
 
 
 def roofline_us(row: Row, rows: Iterable[Row]) -> float:
-    """The least time of a product: its bytes at the copy's bandwidth or its FLOPs at the best rate of torch's products.
+    """The least time of a product: its bytes at the copy's bandwidth or its FLOPs at the best rate of torch's product.
 
     Both rates are of the same run, dtype and clock; the copy is that of the same shape.
     """
     peers = [one for one in rows if one["status"] == "ok"]
     copies = [one["gbps"] for one in peers if one["op"] == "copy" and _shape(one) == _shape(row)]
-    by_torch = [one for one in peers if one["op"] in ("matmul", "peak") and one["provider"] == "torch"]
-    rates = [one["flops"] / one["median_us"] for one in by_torch]
+    rates = [one["flops"] / one["median_us"] for one in peers if one["op"] in _RATED and one["provider"] == "torch"]
     return max(row["bytes"] / max(copies) / 1e3, row["flops"] / max(rates))
 
 
