@@ -90,6 +90,17 @@ def add_trial_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes: a trial of the script")
 
 
+def add_shape_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", action="append", type=_shape, help="rows x columns of a weight, 4096x4096; default: both models'"
+    )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
 def measure_to_csv(
     options: argparse.Namespace,
     name: str,

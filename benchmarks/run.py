@@ -20,7 +20,7 @@ import torch
 
 import qkernels
 
-from .command import add_trial_flag, measure_to_csv, parser_of
+from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .compare import AGAIN, OURS, RESULTS, noise
 from .gauges import Clock, peak_mib
 from .modules import MODULES
@@ -223,9 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         "--op", action="append", choices=[*OPERATIONS, *_WITH_ROWS], required=True, help="repeat it for several"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
-    parser.add_argument(
-        "--shape", action="append", type=_shape, help="rows x columns of a weight, 4096x4096; default: both models'"
-    )
+    add_shape_flag(parser)
     parser.add_argument(
         "--all-rivals",
         action="store_true",
@@ -238,11 +236,6 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of activations; repeat it; default 1 to 4096, lora 128 and 2048, linear4bit 1",
     )
     return parser
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, columns = text.split("x")
-    return int(rows), int(columns)
 
 
 if __name__ == "__main__":

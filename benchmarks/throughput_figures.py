@@ -24,7 +24,7 @@ OTHERS = (RED, PURPLE)
 # The clock that leaves launches out where there is one.
 METHODS = ("graph", "flushed", "wall")
 # Whose products by torch show the rate that a product can have.
-_RATED = ("matmul", "matmul_dx")
+_RATED = ("matmul", "matmul_dx", "peak")
 
 
 def is_of(op: str, dtype: str) -> Callable[[Row], bool]:

@@ -28,12 +28,12 @@ from qkernels.dispatch import Product
 
 from . import choice
 from .candidates import Candidate, call_of, candidates, chosen
-from .command import add_trial_flag, measure_to_csv, parser_of
-from .operations import FORMAT, OUTPUT_LAYER, SHAPES, GateError
+from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
+from .operations import FORMAT, OUTPUT_LAYER, GateError
 from .precompile import compile_all, learned
 from .products import exact_weight
 from .report import Row
-from .run import ROTATION
+from .run import ROTATION, shapes_of
 from .timing import Timing, graph, wall
 
 OPS = ("matmul", "matmul_dx")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     rows = sorted(options.m or ((1, 16) if options.smoke else ROWS))
-    cases = list(product([(64, 128)] if options.smoke else options.shape or _shapes(), options.dtype))
+    cases = list(product((shape for shape in shapes_of(options) if shape != OUTPUT_LAYER), options.dtype))
     if device == "cuda":
         _compile_ahead(options.op, cases, rows)
     begin = time.perf_counter()
@@ -148,16 +148,6 @@ def _compile_ahead(ops: Iterable[str], cases: list[tuple[tuple[int, int], str]],
     print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
 
 
-def _shapes() -> list[tuple[int, int]]:
-    found = dict.fromkeys(shape for shapes in SHAPES.values() for shape in shapes)
-    return [shape for shape in found if shape != OUTPUT_LAYER]
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, columns = text.split("x")
-    return int(rows), int(columns)
-
-
 def _line(row: Row) -> str:
     what = f"{row['op']:10} {row['rows']}x{row['columns']} {row['dtype']} M={row['m']}"
     mark = {1: "", 2: "again"}[row["round"]] + (" chosen" if row["chosen"] else "")
@@ -168,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("tune", __doc__)
     add_trial_flag(parser)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--shape", action="append", type=_shape, help="ROWSxCOLUMNS of a weight; repeat it")
+    add_shape_flag(parser)
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 2048")
     parser.add_argument("--seconds", type=float, help="begin no further point after so long, compiling not counted")

@@ -89,11 +89,11 @@ def test_blockwise_8_bit_is_tried_and_a_wrong_one_is_not_timed(monkeypatch, tmp_
 
 def test_other_shapes_may_be_given(monkeypatch):
     parse = run._parser().parse_args
-    assert run._shapes(parse(["--op", "quantize", "--shape", "4096x4096", "--shape", "8x64"])) == {
+    assert run.shapes_of(parse(["--op", "quantize", "--shape", "4096x4096", "--shape", "8x64"])) == {
         (4096, 4096): "bloom-7b1",
         (8, 64): "given",
     }
-    assert (32000, 4096) in run._shapes(parse(["--op", "quantize"]))
+    assert (32000, 4096) in run.shapes_of(parse(["--op", "quantize"]))
 
 
 @pytest.mark.parametrize("flags", [["--gpu-record", "--smoke"], ["--gpu-record", "--out", "x"], []])

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
 from benchmarks import candidates, choice, tune
+from benchmarks.operations import SHAPES
 from benchmarks.report import read_csv, write_csv
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
 
@@ -84,7 +85,7 @@ def test_a_point_is_read_back_as_it_was_asked(record):
     ("backward", "m"), [(False, 1), (False, 32), (False, 33), (True, 1), (True, 512), (False, 1024)]
 )
 def test_what_is_chosen_is_a_candidate(backward, m):
-    for shape in tune._shapes():
+    for shape in SHAPES["bloom-7b1"]:
         product = Product(m, *shape, torch.bfloat16, (9, 0), backward=backward)
         found = candidates.candidates(product)
         assert candidates.chosen(product) in found
