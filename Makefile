@@ -46,9 +46,11 @@ bench-compare: $(VENV)/dev.stamp
 		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
 
-# Every way to compute a product, on an NVIDIA GPU; then whether the dispatch chooses the fastest of them.
+# Every way to compute a product, on an NVIDIA GPU; what the tables would better hold, and whether the dispatch chooses
+# the fastest.
 tune: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.tune --out $(RESULTS)
+	$(BIN)/python -m benchmarks.proposal
 	$(BIN)/python -m benchmarks.choice
 
 bench-smoke: $(VENV)/dev.stamp

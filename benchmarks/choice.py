@@ -116,18 +116,24 @@ def summary(rows: list[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check; 0, 1 where something slower is chosen, 2 without a record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.choice", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest)")
-    options = parser.parse_args(arguments)
-    record = options.record or newest(RESULTS)
+    record = record_of("choice", __doc__, arguments)
     if record is None:
-        print(f"error: no record of benchmarks.tune in {RESULTS}.", file=sys.stderr)
         return 2
     rows = read_csv(record)
     print(f"{record.name}:", summary(rows), sep="\n")
     return 1 if too_slow(rows) else 0
+
+
+def record_of(name: str, description: str | None, arguments: Sequence[str] | None) -> Path | None:
+    """The record that the command `python -m benchmarks.NAME` is given, or the newest; None, and said, without any."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest)")
+    record = parser.parse_args(arguments).record or newest(RESULTS)
+    if record is None:
+        print(f"error: no record of benchmarks.tune in {RESULTS}.", file=sys.stderr)
+    return record
 
 
 def newest(results: Path) -> Path | None:

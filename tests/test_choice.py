@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
-from benchmarks import candidates, choice, tune
+from benchmarks import candidates, choice, proposal, tune
 from benchmarks.operations import SHAPES
 from benchmarks.report import read_csv, write_csv
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
@@ -115,3 +115,15 @@ def test_after_the_given_seconds_no_point_is_begun(tmp_path, capsys):
     assert tune.main(["--smoke", "--seconds", "0", "--out", str(tmp_path)]) == 0
     assert "the rest is not measured" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_faster_configuration_is_proposed(record, monkeypatch, capsys):
+    assert proposal.main([str(record)]) == 0
+    said = capsys.readouterr().out
+    assert "matmul 4096x4096 float16: fused skinny 8, fused wgmma 64, dequantize + cuBLAS 4096" in said
+    assert said.count("  nothing") == 2
+    rows = read_csv(record)
+    slow = next(row for row in rows if row["implementation"] == SKINNY and row["median_us"] == 10.0)
+    slow["median_us"] = 4.5
+    (line,) = [line for line in proposal.lines(rows) if "by 100.0% than" in line]
+    assert line.startswith(f"  (4096, 4096, 8): {slow['configuration']} by")
