@@ -3,34 +3,27 @@
     compile_ahead(launch_everything)
 
 Triton compiles a variant at its first launch, one after the other in one thread.  Its hook before a compilation may
-refuse it: so the launches themselves say which variants they need.  Processes without a GPU compile these into Triton's
-cache on disk, where the launch then finds them.
-
-    python -m benchmarks.precompile SHARE.pickle     # such a process
+refuse it: so the launches themselves say which variants they need.  Forked processes, which do not touch the GPU,
+compile these into Triton's cache on disk, where the launch then finds them.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-
-from .environment import ROOT
 
 
 @dataclass(frozen=True)
@@ -93,27 +86,33 @@ def compile_all(compilations: Sequence[Compilation], processes: int | None = Non
     """Compile in as many processes as there are cores.
 
     Raises:
-        RuntimeError: a process failed; what it said is in the message.
+        RuntimeError: a process failed; what it said is on the standard error.
     """
     count = min(processes or len(os.sched_getaffinity(0)), len(compilations))
     # Variants of one kernel take about as long each, so dealt out in their order the shares are alike.
     ordered = sorted(compilations, key=lambda one: (one.module, one.name))
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        try:
+    # Forked, because a process that had to import torch first would take longer for that than for its share.
+    context = multiprocessing.get_context("fork")
+    running = []
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forking beside torch's threads
             for number in range(count):
-                share = Path(folder) / f"{number}.pickle"
-                share.write_bytes(pickle.dumps(ordered[number::count]))
-                command = [sys.executable, "-m", "benchmarks.precompile", str(share)]
-                running.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-            for process in running:
-                _, said = process.communicate()
-                if process.returncode:
-                    raise RuntimeError(f"compiling ahead failed: {said}")
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
+                process = context.Process(target=_compile, args=(ordered[number::count],))
+                process.start()
+                running.append(process)
+        for process in running:
+            process.join()
+    finally:
+        for process in running:
+            process.kill()
+    failed = sum(process.exitcode != 0 for process in running)
+    if failed:
+        raise RuntimeError(f"{failed} of {count} processes that compile ahead failed; their errors are above")
+
+
+def _compile(share: Iterable[Compilation]) -> None:
+    for compilation in share:
+        compilation.compile()
 
 
 def _hashable(value: Any) -> Any:
@@ -121,14 +120,3 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _hashable(one) for key, one in value.items()}
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Compile a share."""
-    for compilation in pickle.loads(Path(arguments[0]).read_bytes()):
-        compilation.compile()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
