@@ -186,7 +186,9 @@ def summary(rows: Iterable[Row]) -> str:
     for other in (RIVAL, TORCH):
         for kind in ("max", "rms"):
             ratios = [row[f"{kind}_to_{other}"] for row in ours]
-            lines.append(f"{kind} error to {other}'s: {_mean(ratios):.3f} in the mean, {max(ratios):.3f} at most")
+            lines.append(
+                f"{kind} error over that of {other}: {_mean(ratios):.3f} in the mean, {max(ratios):.3f} at most"
+            )
     return "\n".join(lines)
 
 

@@ -7,8 +7,9 @@
 A point is a product, a weight's shape, a dtype and the rows M of activations.  Each candidate's result is held against
 float64 before it is timed: in a CUDA graph over more weights than the L2 cache holds.  The one that the tables choose
 and the fastest of each implementation are then timed once more, and that second time counts: being the fastest of many
-by chance is none.  At the end it says what the tables lose (`python -m benchmarks.choice` says it of a record) and what
-they would better hold.
+by chance is none.  At the end it says what the tables would better hold and what they lose, as
+`benchmarks.proposal` and `benchmarks.choice` say of a record.  float16 alone is the default: the tables are the same
+for both dtypes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 import qkernels
 from qkernels.dispatch import Product
 
-from . import choice
+from . import choice, proposal
 from .candidates import Candidate, call_of, candidates, chosen
 from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .operations import FORMAT, OUTPUT_LAYER, GateError
@@ -44,7 +45,11 @@ Packed = tuple[Tensor, qkernels.QuantState]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line a candidate and what follows for the tables, write a CSV; 0, or 2 on wrong arguments."""
     options = _parser().parse_args(arguments)
-    return measure_to_csv(options, "tune", lambda device: _rows(options, device), _line, choice.summary)
+    return measure_to_csv(options, "tune", lambda device: _rows(options, device), _line, _findings)
+
+
+def _findings(rows: list[Row]) -> str:
+    return "\n".join([*proposal.lines(rows), choice.summary(rows)])
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
@@ -159,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trial_flag(parser)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     add_shape_flag(parser)
-    parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16"])
     parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 2048")
     parser.add_argument("--seconds", type=float, help="begin no further point after so long, compiling not counted")
     return parser
