@@ -66,8 +66,8 @@ records: $(VENV)/dev.stamp
 	$(MAKE) test-gpu
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --op quantize_blockwise --op dequantize_blockwise \
 		--gpu-record
-	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --dtype float16 bfloat16 \
-		--gpu-record
+	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --op linear4bit_training \
+		--dtype float16 bfloat16 --gpu-record
 	$(PIP) -e '.[peers]'
 	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
 		--dtype bfloat16 $(foreach m,1 16 128 1024,--m $(m)) --gpu-record

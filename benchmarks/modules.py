@@ -1,4 +1,4 @@
-"""The measured modules: one linear layer in inference, where the host's part of a call counts."""
+"""The measured modules: one linear layer, where the host's part of a call counts, in inference and in training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from .timing import Call
 
 def linear4bit(weight: torch.Tensor, m: int) -> Measured:
     """`Linear4bit.forward` on x[m, K], beside `nn.Linear` with the unquantized weight."""
-    x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    return _layers(weight, torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype))
 
+
+def linear4bit_training(weight: torch.Tensor, m: int) -> Measured:
+    """The same of an x that needs a gradient: torch records a graph, which is dropped."""
+    x = torch.randn(m, weight.shape[1], device=weight.device, dtype=weight.dtype, requires_grad=True)
+    return _layers(weight, x)
+
+
+def _layers(weight: torch.Tensor, x: torch.Tensor) -> Measured:
     def of(make: Callable[[torch.Tensor], torch.nn.Module]) -> Provider:
         def call(w: torch.Tensor) -> Call:
             layer = make(w).requires_grad_(False)
@@ -27,8 +35,10 @@ def linear4bit(weight: torch.Tensor, m: int) -> Measured:
 
     ours = of(lambda w: packed_layer(qlora.Linear4bit, w))
     theirs = of(lambda w: packed_layer(bitsandbytes.nn.Linear4bit, w))
-    gate("y", weight, x, ours(weight)(), theirs(weight)())
-    return product(weight, m, {"qkernels": ours, "bitsandbytes": theirs, "torch": of(_float_layer)})
+    with torch.no_grad():
+        gate("y", weight, x, ours(weight)(), theirs(weight)())
+    providers = {"qkernels": ours, "bitsandbytes": theirs, "torch": of(_float_layer)}
+    return product(weight, x.shape[0], providers)
 
 
 def _float_layer(weight: torch.Tensor) -> torch.nn.Module:
@@ -37,4 +47,7 @@ def _float_layer(weight: torch.Tensor) -> torch.nn.Module:
     return layer
 
 
-MODULES: dict[str, Callable[[torch.Tensor, int], Measured]] = {"linear4bit": linear4bit}
+MODULES: dict[str, Callable[[torch.Tensor, int], Measured]] = {
+    "linear4bit": linear4bit,
+    "linear4bit_training": linear4bit_training,
+}

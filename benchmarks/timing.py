@@ -90,8 +90,9 @@ def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
     return _percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
 
 
-def host(call: Call, calls: int = 500, rounds: int = 11) -> Timing:
-    """Time the host's part of a call: a round is many calls, waited for after its end only."""
+def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
+    """Time the host's part of a call: a round is many calls, waited for after its end only, and too few to fill the
+    queue of launches, where the host would wait for the GPU."""
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()

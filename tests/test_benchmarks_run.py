@@ -47,7 +47,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 
 def test_products_are_tried_too(tmp_path):
-    ops = ["matmul", "matmul_dx", "lora", "linear4bit"]
+    ops = ["matmul", "matmul_dx", "lora", "linear4bit", "linear4bit_training"]
     flags = [flag for op in ops for flag in ("--op", op)]
     assert run.main([*flags, "--m", "3", "--dtype", "float32", "--smoke", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("matmul-matmul_dx-lora-linear4bit-*.csv")
