@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from qlora.checkpoint import check_writable
 
 from . import data, report
-from .checkpoint import ModelSize
+from .checkpoint import MODELS, ModelSize
 from .environment import ROOT, environment
 
 
@@ -38,15 +38,23 @@ def add_data_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a full-size Bloom with random weights, and of the prompts."""
-    default = ModelSize()
+    """The flags of a full-size model with random weights, and of the prompts."""
     add_data_flag(parser)
     parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
-    parser.add_argument("--layers", type=int, default=default.layers)
-    parser.add_argument("--hidden", type=int, default=default.hidden)
-    parser.add_argument("--heads", type=int, default=default.heads)
-    parser.add_argument("--vocab", type=int, default=default.vocab)
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)), help="default: %(default)s")
+    for name in ("layers", "hidden", "heads", "vocab"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the model's own")
+
+
+def _size(options: argparse.Namespace) -> ModelSize:
+    full = MODELS[options.model]
+    given = {name: getattr(options, name) for name in ("layers", "hidden", "heads", "vocab")}
+    size = replace(full, **{name: value for name, value in given.items() if value is not None})
+    if full.intermediate is None:
+        return size
+    blocks = round(full.intermediate * size.hidden / full.hidden / 64)
+    return replace(size, intermediate=64 * blocks)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def model_run(options: argparse.Namespace, prefix: str = "") -> ModelRun:
         UserError: no such data, or nothing can be written there.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = ModelSize(options.layers, options.hidden, options.heads, options.vocab)
+    size = _size(options)
     texts = data.read_prompts(options.data)
     check_writable(options.out)
     common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}

@@ -24,6 +24,23 @@ from transformers import PreTrainedModel
 LOSS_RMS_TOLERANCE = {"bf16": 0.2, "fp16": 0.05, "fp32": 0.001}
 
 
+# One layer of each kind, first to last.
+_SAMPLED = {
+    "bloom": (
+        "transformer.h.{}.self_attention.query_key_value",
+        "transformer.h.{}.self_attention.dense",
+        "transformer.h.{}.mlp.dense_h_to_4h",
+        "transformer.h.{}.mlp.dense_4h_to_h",
+    ),
+    "llama": (
+        "model.layers.{}.self_attn.q_proj",
+        "model.layers.{}.self_attn.o_proj",
+        "model.layers.{}.mlp.up_proj",
+        "model.layers.{}.mlp.down_proj",
+    ),
+}
+
+
 class GateError(AssertionError):
     """A stack computes something else than the yardstick; timing it would be meaningless."""
 
@@ -58,13 +75,9 @@ class Sample:
 
 def sample_weights(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Packed codes and scale codes of one layer of each kind, spread over the depth; call it before any forward."""
-    last = model.config.n_layer - 1
-    names = (
-        "transformer.h.0.self_attention.query_key_value",
-        f"transformer.h.{last // 2}.self_attention.dense",
-        f"transformer.h.{last // 2}.mlp.dense_h_to_4h",
-        f"transformer.h.{last}.mlp.dense_4h_to_h",
-    )
+    last = model.config.num_hidden_layers - 1
+    depths = (0, last // 2, last // 2, last)
+    names = [kind.format(depth) for kind, depth in zip(_SAMPLED[model.config.model_type], depths, strict=True)]
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
     packed = {name: weight.data.reshape(-1).view(torch.uint8).cpu() for name, weight in weights.items()}
     scales = {name: weight.quant_state.absmax.reshape(-1).cpu() for name, weight in weights.items()}

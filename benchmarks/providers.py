@@ -1,7 +1,7 @@
 """The training stacks that are compared, one entry each; a new rival is one entry in `PROVIDERS`.
 
-Each stack is used as its own documentation says.  The recipe (LoRA on query_key_value, batch, learning rate, AdamW,
-steps, tokens) is the same for all.  A stack that cannot do a case fails it: nothing is replaced.
+Each stack is used as its own documentation says.  The recipe (LoRA, batch, learning rate, AdamW, steps, tokens) is the
+same for all.  A stack that cannot do a case fails it: nothing is replaced.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Provider:
     generation: dict[str, Any] = field(default_factory=dict)
 
 
-def lora_config() -> LoraConfig:
-    """The tutorial's adapters."""
+def lora_config(model: PreTrainedModel) -> LoraConfig:
+    """The tutorial's adapters for Bloom; for Llama on every linear layer, as the QLoRA paper has them."""
     return LoraConfig(
         r=16,
         lora_alpha=16,
         lora_dropout=0.05,
-        target_modules=["query_key_value"],
+        target_modules=["query_key_value"] if model.config.model_type == "bloom" else "all-linear",
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -85,7 +85,7 @@ def _load_qlora(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedM
 
 
 def _adapt_qlora(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(prepare_model_for_training(model), lora_config())
+    return get_peft_model(prepare_model_for_training(model), lora_config(model))
 
 
 def _load_bitsandbytes(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -105,15 +105,15 @@ def _load_16bit(checkpoint: str, dtype: torch.dtype, device: str) -> PreTrainedM
 
 
 def _adapt_16bit(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(prepare_model_for_training(model), lora_config())  # frozen, and checkpointing on
+    return get_peft_model(prepare_model_for_training(model), lora_config(model))  # frozen, and checkpointing on
 
 
 def _adapt(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(model, lora_config())
+    return get_peft_model(model, lora_config(model))
 
 
 def _adapt_for_kbit_training(model: PreTrainedModel) -> PeftModel:
-    return get_peft_model(prepare_model_for_kbit_training(model), lora_config())
+    return get_peft_model(prepare_model_for_kbit_training(model), lora_config(model))
 
 
 def _plain_trainer(

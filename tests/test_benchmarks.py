@@ -141,6 +141,28 @@ def test_the_full_size_is_bloom_7b1s() -> None:
     assert len(shards) == 7
 
 
+def test_llama_beside_bitsandbytes(prompts_csv: Path, tmp_path: Path) -> None:
+    """Another model is a flag; two stacks of the four, as the rest is shared with Bloom's run above."""
+    pytest.importorskip("bitsandbytes")
+    flags = ["--model", "llama-2-7b", "--stacks", "trl+peft+bitsandbytes", "qlora", "--epochs", "0"]
+    sizes = ["--lengths", "2x16", "--steps", "1", "--warmup", "0", "--new-tokens", "0"]
+    paths = ["--data", str(prompts_csv), "--out", str(tmp_path)]
+    assert bloom7b1.main([*TINY_FLAGS, *flags, *sizes, *paths]) == 0
+    (file,) = tmp_path.glob("llama-2x64x512-*.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [(row["stack"], row["status"]) for row in rows] == [(flags[3], "ok"), (flags[4], "ok")]
+    assert rows[1]["gate"] == "passed"
+    for row in rows:
+        assert row["trainable_parameters"] == 2 * 16 * (4 * (64 + 64) + 3 * (64 + 192))
+
+
+def test_llama_has_its_published_size() -> None:
+    shards = list(checkpoint._shards(checkpoint.config_of(checkpoint.MODELS["llama-2-7b"])))
+    assert sum(shape.numel() for shard in shards for shape in shard.values()) == 6_738_415_616
+    assert shards[0].keys() == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert "model.layers.31.mlp.down_proj.weight" in shards[-1]
+
+
 def test_the_checkpoint_is_built_once_and_again_for_another_size(tmp_path: Path) -> None:
     size_bytes = checkpoint.build_checkpoint(tmp_path, TINY, device="cpu")
     (file, _) = sorted(tmp_path.glob("*.safetensors"))
