@@ -1,4 +1,4 @@
-"""LoftQ and PiSSA on a 4-bit base: closer to the float weights, and the adapter trains, saves and loads."""
+"""LoftQ, QERA and PiSSA on a 4-bit base: closer to the float weights, and the adapter trains, saves and loads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import qlora
 from qkernels.errors import UserError
 
 FLOAT = {"dtype": "float32", "device": "cpu"}
+INPUTS = [{"input_ids": tokens(4, 33)}]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def logits(model):
         return model(tokens()).logits
 
 
-@pytest.mark.parametrize("method", ["loftq", "loftq_niter_8", "pissa", "pissa_niter_8"])
+@pytest.mark.parametrize("method", ["loftq", "loftq_niter_8", "qera", "qera_niter_8", "pissa", "pissa_niter_8"])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 def test_it_starts_closer_to_the_float_model(folder, method, settings):
     from transformers import AutoModelForCausalLM
@@ -37,7 +38,7 @@ def test_it_starts_closer_to_the_float_model(folder, method, settings):
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     model = adapted(folder, **settings)
     before = (logits(model) - expected).norm()
-    report = qlora.initialize_from_float(model, folder, method)
+    report = qlora.initialize_from_float(model, folder, method, inputs=INPUTS)
     assert (logits(model) - expected).norm() < before
     assert report.layers == len([m for m in model.modules() if hasattr(m, "lora_dropout")])
     assert 0.05 < report.before < 0.12
@@ -57,6 +58,33 @@ def test_loftq_is_the_best_of_its_rank_and_leaves_the_base_alone(folder):
             error = weights[f"{name}.weight"] - layer.base_layer.dequantize(torch.float32)
             left = (error - layer.get_delta_weight("default")).norm()
             torch.testing.assert_close(left, torch.linalg.svdvals(error)[8:].norm(), rtol=1e-4, atol=0)
+
+
+def test_qera_is_the_best_of_its_rank_for_the_inputs_it_saw(folder):
+    """The output's error on these inputs, taken as uncorrelated, is the least that the rank allows."""
+    model, seen = adapted(folder), {}
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].flatten(0, -2)}))
+    model(**INPUTS[0])
+    report = qlora.initialize_from_float(model, folder, "qera", inputs=INPUTS)
+    assert report.after < report.before
+    weights = load_file(folder / "model.safetensors")
+    for name, layer in layers.items():
+        sizes = seen[name].square().mean(dim=0).sqrt()
+        error = (weights[f"{name}.weight"] - layer.base_layer.dequantize(torch.float32)) * sizes
+        left = (error - layer.get_delta_weight("default") * sizes).norm()
+        torch.testing.assert_close(left, torch.linalg.svdvals(error)[8:].norm(), rtol=1e-3, atol=0)
+
+
+def test_an_input_that_is_always_zero(llama):
+    """Its column of the error cannot be seen, and must not become infinite."""
+    model = adapted(llama)
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers:
+            layer.input_layernorm.weight[5] = 0
+    qlora.initialize_from_float(model, llama, "qera", inputs=INPUTS)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_pissa_is_peft_on_the_float_model_with_its_rest_quantized(folder):
@@ -90,10 +118,12 @@ def test_base_and_adapter_of_pissa_come_back(folder, tmp_path):
 
 def test_what_is_refused(llama, tmp_path):
     model = adapted(llama)
-    with pytest.raises(UserError, match="method: expected 'loftq' or 'pissa'"):
+    with pytest.raises(UserError, match="method: expected 'loftq', 'qera' or 'pissa'"):
         qlora.initialize_from_float(model, llama, "olora")
     with pytest.raises(UserError, match="model: expected 4-bit layers with the adapter 'other', got none"):
         qlora.initialize_from_float(model, llama, adapter_name="other")
+    with pytest.raises(UserError, match="inputs: expected batches to measure the layers' inputs on"):
+        qlora.initialize_from_float(model, llama, "qera")
     packed = qlora.load_pretrained_4bit(llama, **FLOAT)
     packed.save_pretrained(tmp_path / "packed")
     with pytest.raises(UserError, match=r"checkpoint: expected the float weight .*q_proj.weight.*, got torch.uint8"):

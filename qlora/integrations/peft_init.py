@@ -1,4 +1,4 @@
-"""LoftQ and PiSSA: adapters on a 4-bit base that begin with what the float weights say.
+"""LoftQ, QERA and PiSSA: adapters on a 4-bit base that begin with what the float weights say.
 
 Room: peft's layers and the float checkpoint, one weight at a time.  peft computes both from a float model in memory,
 and LoftQ with bitsandbytes on a GPU only; here the base is 4-bit already and any device will do.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +23,15 @@ from ..params4bit import Params4bit
 from ..tensor_files import TensorReader
 from .peft import LoraLinear4bit
 
-_METHOD = re.compile(r"(loftq|pissa)(?:_niter_(\d+))?")
+_METHOD = re.compile(r"(loftq|pissa|qera)(?:_niter_(\d+))?")
+# QERA divides by the root mean square of each input, which for some is 0: at least this share of their mean.
+_LEAST = 1e-3
 
 
 @dataclass
 class InitReport:
-    """What the initialization did to the distance from the float weights, relative to them (Frobenius norms).
+    """What the initialization did to the distance from the float weights, relative to them (Frobenius norms; for "qera"
+    each column times its input's root mean square, which makes it the distance of the outputs).
 
     Attributes:
         before: of the 4-bit base alone.
@@ -45,6 +50,7 @@ def initialize_from_float(
     checkpoint: str | os.PathLike[str],
     method: str = "loftq",
     *,
+    inputs: Iterable[Mapping[str, torch.Tensor]] | None = None,
     adapter_name: str = "default",
     revision: str = "main",
 ) -> InitReport:
@@ -54,9 +60,13 @@ def initialize_from_float(
         model: of `get_peft_model` with `init_lora_weights=True` on a 4-bit base; changed in place.
         checkpoint: folder or hub id of the float model that the base was quantized from.
         method: "loftq": the adapter becomes the best approximation, of its rank, of the quantization error; the base
-            stays as it is.  "pissa": the adapter becomes the principal part of the weight and the base the rest,
-            quantized; save the base too (`model.unload().save_pretrained(folder)`), for the adapter belongs to it.
+            stays as it is.  "qera": of the error of the layer's output on `inputs`, which a language model feels far
+            more (Zhang et al., 2024, "QERA", the approximation by a diagonal).  "pissa": the adapter becomes the
+            principal part of the weight and the base the rest, quantized; save the base too
+            (`model.unload().save_pretrained(folder)`), for the adapter belongs to it.
             With "_niter_N" (4 is usual) a fast approximation of the singular value decomposition.
+        inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T], "attention_mask": ...}; some dozens
+            of the texts to train on, without padding.
         adapter_name: which adapter.
         revision: of the checkpoint, on the hub.
 
@@ -64,12 +74,16 @@ def initialize_from_float(
         The distance from the float weights before and after.
 
     Raises:
-        UserError: another method, no adapted 4-bit layer, or a checkpoint without one of the weights.
+        UserError: another method, no adapted 4-bit layer, "qera" without inputs, or a checkpoint without one of the
+            weights.
     """
     parsed = _METHOD.fullmatch(method)
     if parsed is None:
         raise UserError(
-            "method", expected="'loftq' or 'pissa', or these with '_niter_N'", got=repr(method), remedy="Choose one."
+            "method",
+            expected="'loftq', 'qera' or 'pissa', or these with '_niter_N'",
+            got=repr(method),
+            remedy="Choose one.",
         )
     kind, iterations = parsed[1], int(parsed[2] or 0)
     base: Any = model.get_base_model()
@@ -85,6 +99,7 @@ def initialize_from_float(
             got="none",
             remedy="Load the base in 4 bits and call get_peft_model first.",
         )
+    sizes = _input_sizes(model, layers, inputs) if kind == "qera" else {}
     reader = TensorReader(checkpoint, revision)
     squares = torch.zeros(3, dtype=torch.float64)
     for name, layer in layers.items():
@@ -98,17 +113,57 @@ def initialize_from_float(
                 got="none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}",
                 remedy="Give the float model that the base was quantized from.",
             )
-        squares += _initialize(layer, weight.to(layer.weight.device, torch.float32), kind, iterations, adapter_name)
+        weight = weight.to(layer.weight.device, torch.float32)
+        squares += _initialize(layer, weight, kind, iterations, adapter_name, sizes.get(name))
     before, after, whole = squares.tolist()
     return InitReport(math.sqrt(before / whole), math.sqrt(after / whole), len(layers))
 
 
-def _initialize(layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str) -> torch.Tensor:
-    """One layer; its squared errors before and after, and the weight's square."""
+def _input_sizes(
+    model: PeftModel, layers: Mapping[str, Any], inputs: Iterable[Mapping[str, torch.Tensor]] | None
+) -> dict[str, torch.Tensor]:
+    """The root mean square of each input of each layer, float32 [in_features], over their mean."""
+    squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
+    rows = 0
+
+    def add(name: str, x: torch.Tensor) -> None:
+        squares[name] += x.float().square().reshape(-1, x.shape[-1]).sum(dim=0)
+
+    was_training = model.training
+    model.eval()
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments[0]))
+            hooks.callback(hook.remove)
+        for batch in inputs or ():
+            ids = batch["input_ids"]
+            model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False)
+            rows += ids.numel()
+    model.train(was_training)
+    if rows == 0:
+        raise UserError(
+            "inputs",
+            expected="batches to measure the layers' inputs on, for 'qera'",
+            got="none",
+            remedy="Pass inputs=[tokenizer(text, return_tensors='pt') for text in texts].",
+        )
+    roots = {name: square.sqrt() for name, square in squares.items()}
+    return {name: (root / root.mean()).clamp_min(_LEAST) for name, root in roots.items()}
+
+
+def _initialize(
+    layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str, sizes: torch.Tensor | None
+) -> torch.Tensor:
+    """One layer; its squared errors before and after, and the weight's square.
+
+    Args:
+        sizes: of the inputs [in_features], by which columns are weighted; None: all alike.
+    """
+    sizes = torch.ones((), device=weight.device) if sizes is None else sizes
     error = weight - layer.base_layer.dequantize(torch.float32)
     scaling, rank = layer.scaling[adapter], layer.r[adapter]
-    B, A = _factors(error if kind == "loftq" else weight, rank, iterations)
-    for factor, parameter in ((A, layer.lora_A[adapter].weight), (B, layer.lora_B[adapter].weight)):
+    B, A = _factors(weight if kind == "pissa" else error * sizes, rank, iterations)
+    for factor, parameter in ((A / sizes, layer.lora_A[adapter].weight), (B, layer.lora_B[adapter].weight)):
         parameter.data = (factor / math.sqrt(scaling)).to(parameter.dtype).contiguous()
     adapted = layer.get_delta_weight(adapter).float()
     if kind == "pissa":
@@ -116,7 +171,7 @@ def _initialize(layer: Any, weight: torch.Tensor, kind: str, iterations: int, ad
     if adapter in layer.lora_magnitude_vector:  # DoRA: the length of each row, adapter included
         _reset_magnitude(layer, adapter)
     rest = weight - layer.base_layer.dequantize(torch.float32) - adapted
-    return torch.stack([part.double().square().sum().cpu() for part in (error, rest, weight)])
+    return torch.stack([(part * sizes).double().square().sum().cpu() for part in (error, rest, weight)])
 
 
 def _factors(matrix: torch.Tensor, rank: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
