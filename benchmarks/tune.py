@@ -31,7 +31,7 @@ from . import choice, proposal
 from .candidates import Candidate, call_of, candidates, chosen
 from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .operations import FORMAT, OUTPUT_LAYER, GateError
-from .precompile import compile_all, learned
+from .precompile import compile_ahead
 from .products import exact_weight
 from .report import Row
 from .run import ROTATION, shapes_of
@@ -56,7 +56,7 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     rows = sorted(options.m or ((1, 16) if options.smoke else ROWS))
     cases = list(product((shape for shape in shapes_of(options) if shape != OUTPUT_LAYER), options.dtype))
     if device == "cuda":
-        _compile_ahead(options.op, cases, rows)
+        compile_ahead(lambda: _launch_candidates(options.op, cases, rows))
     begin = time.perf_counter()
     for shape, dtype in cases:
         weights = _weights(shape, dtype, device, ROTATION if device == "cuda" else 1)
@@ -139,18 +139,14 @@ def _asked(op: str, shape: tuple[int, int], dtype: str, m: int, device: str) -> 
     return Product(m, *shape, getattr(torch, dtype), capability, backward=op == "matmul_dx")
 
 
-def _compile_ahead(ops: Iterable[str], cases: list[tuple[tuple[int, int], str]], rows: Sequence[int]) -> None:
-    with learned() as compilations:
-        for shape, dtype in cases:
-            (weight,) = _weights(shape, dtype, "cuda", 1)
-            for op, m in product(ops, rows):
-                asked = _asked(op, shape, dtype, m, "cuda")
-                x = torch.empty(m, shape[0 if asked.backward else 1], device="cuda", dtype=asked.dtype)
-                for candidate in candidates(asked):
-                    call_of(candidate, asked, x, *weight, None)()
-    begin = time.perf_counter()
-    compile_all(compilations)
-    print(f"{len(compilations)} variants of kernels compiled ahead in {time.perf_counter() - begin:.1f} s", flush=True)
+def _launch_candidates(ops: Iterable[str], cases: list[tuple[tuple[int, int], str]], rows: Sequence[int]) -> None:
+    for shape, dtype in cases:
+        (weight,) = _weights(shape, dtype, "cuda", 1)
+        for op, m in product(ops, rows):
+            asked = _asked(op, shape, dtype, m, "cuda")
+            x = torch.empty(m, shape[0 if asked.backward else 1], device="cuda", dtype=asked.dtype)
+            for candidate in candidates(asked):
+                call_of(candidate, asked, x, *weight, None)()
 
 
 def _line(row: Row) -> str:
