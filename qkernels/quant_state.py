@@ -36,14 +36,6 @@ class QuantState:
         checked: what `functional.py` found when it last looked at the state; None since an attribute was set.
     """
 
-    absmax: torch.Tensor
-    shape: torch.Size | tuple[int, ...] | None
-    code: torch.Tensor | None
-    blocksize: int | None
-    quant_type: str | None
-    dtype: torch.dtype | None
-    offset: torch.Tensor | None
-    state2: QuantState | None
     checked: Any
 
     def __init__(
@@ -57,18 +49,14 @@ class QuantState:
         offset: torch.Tensor | None = None,
         state2: QuantState | None = None,
     ) -> None:
-        # At once: `__setattr__` for each would take a tenth of the host's time for a quantization.
-        self.__dict__.update(
-            absmax=absmax,
-            shape=shape,
-            code=code,
-            blocksize=blocksize,
-            quant_type=quant_type,
-            dtype=dtype,
-            offset=offset,
-            state2=state2,
-            checked=None,
-        )
+        self.absmax = absmax
+        self.shape = shape
+        self.code = code
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.dtype = dtype
+        self.offset = offset
+        self.state2 = state2
 
     def __setattr__(self, name: str, value: object) -> None:
         self.__dict__["checked"] = None
