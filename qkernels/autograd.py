@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import operator
-
-# B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset: as the operators take them.
-Weight = tuple[Any, ...]
+from .dispatch import Plan, Weight
+from .ops import operator, plan_product
 
 
 class MatMul4Bit(torch.autograd.Function):
     """y = A W^T + bias."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Weight, plan: Plan) -> Tensor:
         ctx.weight = weight
-        return _product(A, bias, weight)
+        return plan(A, bias, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -42,7 +40,7 @@ class MatMul4Bit(torch.autograd.Function):
             grad_A = matmul_dx(grad, ctx.weight)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)), dtype=torch.float32).to(grad.dtype)
-        return grad_A, grad_bias, None
+        return grad_A, grad_bias, None, None
 
 
 class MatMul4BitDx(torch.autograd.Function):
@@ -58,11 +56,21 @@ class MatMul4BitDx(torch.autograd.Function):
         return matmul(grads[0], None, ctx.weight), None
 
 
-def matmul(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
-    """y[..., N] = A[..., K] W^T + bias, differentiable in A and bias."""
+# torch's own `apply` in Python sees to function transforms, for half of what a product with a graph costs the host.
+_apply_without_transforms = super(torch.autograd.Function, MatMul4Bit).apply
+
+
+def matmul(A: Tensor, bias: Tensor | None, weight: Weight, plan: Plan | None = None) -> Tensor:
+    """y[..., N] = A[..., K] W^T + bias, differentiable in A and bias.
+
+    Args:
+        plan: what `plan_product` said of a product of this kind, if that is known; nothing listens then.
+    """
+    plan = plan or plan_product(A, bias, weight) or _product
     if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
-        return MatMul4Bit.apply(A, bias, weight)
-    return _product(A, bias, weight)
+        apply = MatMul4Bit.apply if plan is _product else _apply_without_transforms
+        return apply(A, bias, weight, plan)
+    return plan(A, bias, weight)
 
 
 def matmul_dx(grad: Tensor, weight: Weight) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 from .format import FLOAT_DTYPES
@@ -23,6 +24,10 @@ DEQUANTIZE = "dequantize + cuBLAS"
 REFERENCE = "dequantize + torch's CPU product"
 
 Capability = tuple[int, int]
+# B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset: as the operators take them.
+Weight = tuple[Any, ...]
+# How a product is computed: y of (A, bias, weight).
+Plan = Callable[[Tensor, Tensor | None, Weight], Tensor]
 
 
 class Product(NamedTuple):

@@ -6,17 +6,17 @@ Room: the door of `qkernels`.  Checks come first (`checks.py`), then the operato
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import autograd, checks
+from .dispatch import Plan, Weight
 from .dropout import threshold_and_scale
 from .errors import UserError
 from .format import NESTED_BLOCKSIZE, code_table, dynamic_map
-from .ops import in_eager_mode, nothing_listens, operator
+from .ops import PLAIN, in_eager_mode, nothing_listens, operator, plan_product
 from .quant_state import QuantState
 
 
@@ -303,17 +303,24 @@ def matmul_4bit(
     Raises:
         UserError (a ValueError): the shapes, dtypes or devices do not fit each other.
     """
-    weight = _weight(B, quant_state)
-    checks.check_activations("A", A, weight[0], weight[1], bias)
-    dtype = autocast_dtype(A) or A.dtype
+    known = _known(B, quant_state)
+    weight = _checked_weight(B, quant_state) if known is None else known.weight
+    kind = None if known is None else _kind(A, bias)
+    found = None if known is None else known.plans.get(kind)
+    if found is None:
+        checks.check_activations("A", A, weight[0], weight[1], bias)
+    dtype = (autocast_dtype(A) or A.dtype) if found is None else found[0]
     if dtype is not A.dtype:
         A = A.to(dtype)
     if bias is not None and bias.dtype is not dtype:
         bias = bias.to(dtype)
-    if in_eager_mode(A):
-        result = autograd.matmul(A, bias, weight)
-    else:
+    plan = plan_product(A, bias, weight) if found is None else found[1]
+    if plan is None:
         result = torch.ops.qkernels.gemm_4bit.default(A, *weight[:5], bias, *weight[5:])
+    else:
+        result = autograd.matmul(A, bias, weight, plan)
+    if found is None and plan is not None and known is not None:
+        known.keep(kind, dtype, plan)
     if out is None:
         return result
     checks.check_out("out", out, result.shape, result.dtype, result.device)
@@ -334,7 +341,8 @@ def matmul_4bit_dx(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
     Raises:
         UserError: the shapes, dtypes or devices do not fit each other.
     """
-    weight = _weight(B, quant_state)
+    known = _known(B, quant_state)
+    weight = _checked_weight(B, quant_state) if known is None else known.weight
     checks.check_activations("grad", grad, weight[0], weight[1], None, transposed=True)
     if in_eager_mode(grad):
         return autograd.matmul_dx(grad, weight)
@@ -406,43 +414,64 @@ def _scales(quant_state: QuantState) -> tuple[Tensor, tuple[Tensor | None, Tenso
     return quant_state.state2.absmax, (quant_state.absmax, quant_state.state2.code, quant_state.offset)
 
 
-def _weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
-    """The operators' arguments for a weight.
+class _Known:
+    """A weight that was checked, and products with it: both checks take longer than a small product, and a layer is
+    called with the same kinds of x again and again.
 
-    A weight is checked at its first product and again when something of it was exchanged: the checks take longer than a
-    small product, and a layer's weight never changes.
+    Attributes:
+        address, n: of the packed codes; n is the number of elements.
+        nested_absmax, nested_code: what double quantization adds, None without.
+        weight: as the operators take it.
+        plans: by `_kind` of A and bias, the dtype of the product and how the GPU computes it; no address is in it.
     """
+
+    __slots__ = ("address", "n", "nested_absmax", "nested_code", "plans", "weight")
+
+    def __init__(self, address: int, n: int, quant_state: QuantState, weight: Weight) -> None:
+        self.address, self.n, self.weight = address, n, weight
+        self.nested_absmax = quant_state.state2 and quant_state.state2.absmax
+        self.nested_code = quant_state.state2 and quant_state.state2.code
+        self.plans: dict[object, tuple[torch.dtype, Plan]] = {}
+
+    def keep(self, kind: object, dtype: torch.dtype, plan: Plan) -> None:
+        if kind is None:
+            return
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans.clear()
+        self.plans[kind] = dtype, plan
+
+
+_MOST_PLANS = 64  # a training run has as many kinds of x as lengths of batches
+
+
+def _known(B: Tensor, quant_state: QuantState) -> _Known | None:
+    """What is known of the weight, which is checked first if that is nothing, or something of it was exchanged; None
+    while something listens, which sees the tensors and not what they were before."""
     if not nothing_listens() or not isinstance(B, Tensor) or isinstance(B, FakeTensor):
-        return _checked_weight(B, quant_state)
+        return None
     with torch._C.DisableTorchFunctionSubclass():  # a parameter's subclass would take longer to say where it lies
         address, n = B.data_ptr(), B.numel()
     known = quant_state.checked if isinstance(quant_state, QuantState) else None
-    if known is None or known.address != address or known.n != n or known.state2_parts != _state2_parts(quant_state):
-        weight = _checked_weight(B, quant_state)
-        known = _Checked(address, n, _state2_parts(quant_state), weight)
-        quant_state.checked = known
-    return known.weight
+    if known is not None and known.address == address and known.n == n:
+        state2 = quant_state.state2
+        if state2 is None or (known.nested_absmax is state2.absmax and known.nested_code is state2.code):
+            return known
+    weight = _checked_weight(B, quant_state)
+    known = quant_state.checked = _Known(address, n, quant_state, weight)
+    return known
 
 
-class _Checked(NamedTuple):
-    """Attributes:
-    address, n: of the packed codes; n is the number of elements.
-    state2_parts: identities of what double quantization adds.
-    weight: what was checked, as the operators take it.
-    """
-
-    address: int
-    n: int
-    state2_parts: tuple[int, ...]
-    weight: autograd.Weight
+def _kind(A: Tensor, bias: Tensor | None) -> object:
+    """All that a product's checks and plan depend on besides the weight; None for what is no plain tensor."""
+    if type(A) is not Tensor or (bias is not None and type(bias) not in PLAIN):
+        return None
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    if bias is None:
+        return A.shape, A.dtype, A.device, autocast
+    return A.shape, A.dtype, A.device, autocast, bias.shape, bias.dtype, bias.device
 
 
-def _state2_parts(quant_state: QuantState) -> tuple[int, ...]:
-    state2 = quant_state.state2
-    return () if state2 is None else (id(state2.absmax), id(state2.code))
-
-
-def _checked_weight(B: Tensor, quant_state: QuantState) -> autograd.Weight:
+def _checked_weight(B: Tensor, quant_state: QuantState) -> Weight:
     checks.check_tensor("B", B)
     packed = B.data.view(-1)
     checks.check_weight("B", packed, quant_state)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dense import linear
+from .dispatch import Plan, Weight
 from .dropout import dropout_reference
 from .format import block_count, packed_length
 from .reference import (
@@ -212,6 +213,7 @@ def _(
 # Triton exists on Linux only; elsewhere the CPU operators above are all there is.
 if importlib.util.find_spec("triton") is not None:
     from .ops_cuda import IMPLEMENTATIONS as _CUDA
+    from .ops_cuda import plan_gemm_4bit
 else:
     _CUDA = {}
 
@@ -219,13 +221,13 @@ _OPERATORS = {
     name: getattr(getattr(torch.ops.qkernels, name.split(".")[0]), (name + ".default").split(".")[1])
     for name in SCHEMAS
 }
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def nothing_listens() -> bool:
     """No tracing (torch.compile), no dispatch mode (as of fake tensors), no function transform is active."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
     )
@@ -234,9 +236,14 @@ def nothing_listens() -> bool:
 def in_eager_mode(tensor: Tensor) -> bool:
     """Whether an operator on this tensor may be called without torch's dispatcher, which takes longer than a small
     kernel runs: a plain CUDA tensor, and nothing that listens."""
-    return type(tensor) in _PLAIN and tensor.is_cuda and nothing_listens()
+    return type(tensor) in PLAIN and tensor.is_cuda and nothing_listens()
 
 
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
     """The operator of that name, or in eager mode the function that it would end in, which has no gradient."""
     return _CUDA[name] if in_eager_mode(tensor) else _OPERATORS[name]
+
+
+def plan_product(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan | None:
+    """`ops_cuda.plan_gemm_4bit`; None where torch's dispatcher is to be asked."""
+    return plan_gemm_4bit(A, bias, weight) if in_eager_mode(A) else None

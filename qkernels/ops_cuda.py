@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dense import linear
-from .dispatch import SKINNY, WGMMA, Product, capability_of, choose
+from .dispatch import SKINNY, WGMMA, Plan, Product, Weight, capability_of, choose
+from .kernels._launch import Launch
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton, quantize_scales_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
-from .kernels.matmul_skinny import matmul_skinny_triton
+from .kernels.matmul_skinny import skinny_launch
 from .kernels.matmul_wgmma import matmul_wgmma_triton
 from .kernels.mean import ORDER_IS_KNOWN, SLOTS, partial_sums_triton, summation_order
 from .kernels.quantize import quantize_4bit_triton
@@ -138,6 +139,20 @@ def _product(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, backwa
     return Product(M, N, K, x.dtype, capability_of(x.device.index), blocksize, backward, aligned)
 
 
+def plan_gemm_4bit(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan:
+    """How this product is computed, and every other of the same sizes, dtypes and device with a weight of its kind."""
+    B, shapeB, _, blocksize, quant_type, *nested = weight
+    product = _product(A, B, shapeB, blocksize, backward=False)
+    implementation = choose(product).implementation
+    if implementation == SKINNY:
+        shape = product.M, product.N, product.K
+        config = skinny_config(*shape, product.sm)
+        assert config is not None
+        kind = A.dtype, blocksize, quant_type, nested[0] is not None, bias is not None
+        return partial(_gemm_4bit_skinny, skinny_launch(shape, *kind, config))
+    return partial(_gemm_4bit_wgmma, product) if implementation == WGMMA else _gemm_4bit_dense
+
+
 def gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -148,31 +163,36 @@ def gemm_4bit(
     bias: Tensor | None,
     *nested: Tensor | None,
 ) -> Tensor:
-    product = _product(A, B, shapeB, blocksize, backward=False)
-    implementation = choose(product).implementation
-    if implementation == SKINNY:
-        return _gemm_4bit_skinny(A, B, product, absmax, quant_type, bias, *nested)
-    if implementation == WGMMA:
-        return _product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
+    weight = (B, shapeB, absmax, blocksize, quant_type, *nested)
+    return plan_gemm_4bit(A, bias, weight)(A, bias, weight)
+
+
+def _gemm_4bit_dense(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    B, shapeB, absmax, blocksize, quant_type, *nested = weight
     return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+
+
+def _gemm_4bit_wgmma(product: Product, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    B, _, absmax, _, quant_type, *nested = weight
+    return _product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
+
+
+def _gemm_4bit_skinny(launch: Launch, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
+    B, (N, _), absmax, _, _, absmax_8bit, absmax_code, absmax_offset = weight
+    x = A if A.is_contiguous() and A.data_ptr() % 16 == 0 else _contiguous_and_aligned(A)
+    out = A.new_empty(*A.shape[:-1], N)
+    bias = bias if bias is None else bias.contiguous()
+    if A.get_device() == torch._C._cuda_getDevice():
+        launch(x, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
+    else:
+        with torch.cuda.device(A.device):
+            launch(x, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
+    return out
 
 
 def _contiguous_and_aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x  # a slice of another tensor may begin anywhere
-
-
-def _gemm_4bit_skinny(
-    A: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, bias: Tensor | None, *nested: Tensor | None
-) -> Tensor:
-    config = skinny_config(product.M, product.N, product.K, product.sm)
-    assert config is not None
-    x = _contiguous_and_aligned(A)
-    out = torch.empty((*A.shape[:-1], product.N), dtype=A.dtype, device=A.device)
-    bias = bias if bias is None else bias.contiguous()
-    with _on_device_of(A):
-        matmul_skinny_triton(x, B, absmax, product.blocksize, quant_type, bias, out, config, *nested)
-    return out
 
 
 def _product_wgmma(

@@ -126,7 +126,7 @@ class Linear4bit(Module4bit, nn.Linear):
         Raises:
             UserError: the weight is not quantized yet; x has another last dimension, dtype or device.
         """
-        return self._product(x, *self._packed(), self.bias)
+        return self._product(x, *self._packed(), self._parameter("bias"))
 
     def _product(
         self, x: torch.Tensor, packed: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None

@@ -121,9 +121,14 @@ class Module4bit(nn.Module):
         """The packed weight under the name by which peft finds layers that dequantize themselves (DoRA needs it)."""
         return self.weight
 
+    def _parameter(self, name: str) -> Any:
+        """`getattr(self, name)`, which finds a parameter only after a search that takes longer."""
+        # FSDP and torch's parametrizations put parameters elsewhere.
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
+
     def _packed(self) -> tuple[torch.Tensor, QuantState]:
         """The packed codes and their scales, or a clear error where there are none."""
-        weight = self.weight
+        weight = self._parameter("weight")
         quant_state = weight.quant_state if isinstance(weight, Params4bit) else self._last_quant_state
         if quant_state is None:
             raise UserError(

@@ -2,7 +2,8 @@
 
 Triton's own launch binds arguments by name, derives a specialization from each and builds a key of strings: more time
 than a small kernel takes.  A `Launcher` keeps the compiled kernel under a key of what Triton specializes on (types,
-alignment to 16 bytes, divisibility of sizes by 16, 64-bit sizes) and from the second call on hands over addresses.
+alignment to 16 bytes, divisibility of sizes by 16, 64-bit sizes) and from the second call on hands over addresses.  A
+`Launch` is one of its launches with all but the pointers given: for a kernel so short that making the key counts.
 
 Triton's launch hooks (its Proton profiler sets them) see the first launch of a variant only.
 """
@@ -54,18 +55,20 @@ class Launcher:
         constants: tuple[object, ...],
         config: Config,
         descriptors: tuple[object, ...] = (),
-    ) -> None:
+    ) -> Any:
         """Launch on the current device and stream.
 
         Args:
             pointers: tensors on that device; None for a pointer that the constants say is not read.
             sizes: run-time integers, each given a type and a specialization as Triton does.
             descriptors: of tensors that are read by TMA; their dtype is that of a pointer, their tile a constant.
+
+        Returns:
+            The compiled kernel; None in the interpreter.
         """
         scalars = (*sizes, *constants)
         if self._interpreted:
-            self._first(grid, descriptors, pointers, scalars, config)
-            return
+            return self._first(grid, descriptors, pointers, scalars, config)
         device = torch._C._cuda_getDevice()
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
         types = [None if pointer is None else pointer.dtype for pointer in pointers]
@@ -80,8 +83,8 @@ class Launcher:
         key = (device, specialized, misaligned, config, constants, *types)
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self._first(grid, descriptors, pointers, scalars, config)
-            return
+            compiled = self._compiled[key] = self._first(grid, descriptors, pointers, scalars, config)
+            return compiled
         compiled.run(
             *grid,
             torch._C._cuda_getCurrentRawStream(device),
@@ -94,6 +97,7 @@ class Launcher:
             *addresses,
             *scalars,
         )
+        return compiled
 
     def _first(
         self,
@@ -115,4 +119,35 @@ class Launcher:
             num_warps=config.num_warps,
             maxnreg=config.max_registers,
             **self._options,
+        )
+
+
+class Launch:
+    """One launch of a `Launcher` again and again: the same arguments but for the pointers, whose dtypes stay too."""
+
+    def __init__(
+        self, launcher: Launcher, grid: Grid, sizes: tuple[int, ...], constants: tuple[object, ...], config: Config
+    ) -> None:
+        self._launcher = launcher
+        self._arguments = grid, sizes, constants, config
+        # The compiled kernel for pointers that are all aligned, by device: all that still has to be looked up.
+        self._aligned: dict[int, Any] = {}
+
+    def __call__(self, *pointers: torch.Tensor | None) -> None:
+        """Launch on the current device and stream; `pointers` as `Launcher` takes them."""
+        device = torch._C._cuda_getDevice()
+        addresses = [0 if pointer is None else pointer.data_ptr() for pointer in pointers]
+        together = 0
+        for address in addresses:
+            together |= address
+        compiled = None if together % 16 else self._aligned.get(device)
+        grid, sizes, constants, config = self._arguments
+        if compiled is None:
+            compiled = self._launcher(grid, pointers, sizes, constants, config)
+            if not together % 16:
+                self._aligned[device] = compiled
+            return
+        stream, function = torch._C._cuda_getCurrentRawStream(device), compiled.function
+        compiled.run(
+            *grid, stream, function, compiled.packed_metadata, None, None, None, *addresses, *sizes, *constants
         )

@@ -20,6 +20,8 @@ Codes are held times alpha (`_pairs.py`), and the sum is divided by it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -37,7 +39,7 @@ from ._lanes import (
     swap_halves,
     wait_for_all,
 )
-from ._launch import Launcher
+from ._launch import Launch, Launcher
 from ._pairs import ALPHA, pair_codes
 from ._skinny_inputs import CHUNK, chunk_offset, decode_scales, fill_table, load_weights, load_x
 
@@ -294,6 +296,38 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
     }
 
 
+@lru_cache(maxsize=4096)
+def skinny_launch(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    blocksize: int,
+    quant_type: str,
+    nested: bool,
+    has_bias: bool,
+    config: SkinnyConfig,
+) -> Launch:
+    """The launch for products of this kind, a function of (x, packed, absmax, absmax_8bit, absmax_code, absmax_offset,
+    bias, out) as they are described below.
+
+    Args:
+        shape: (M, N, K).
+        dtype: of x.
+        nested: double quantization.
+    """
+    M, N, K = shape
+    constants = (
+        K,
+        pair_codes(quant_type, dtype),
+        ALPHA[quant_type, dtype],
+        nested,
+        NESTED_BLOCKSIZE,
+        blocksize,
+        has_bias,
+        *skinny_constants(config, dtype).values(),
+    )
+    return Launch(_launch, (-(-N // config.rows), 1, 1), (M, N), constants, config)
+
+
 def matmul_skinny_triton(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -320,19 +354,6 @@ def matmul_skinny_triton(
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.
     """
     N, K = out.shape[-1], x.shape[-1]
-    _launch(
-        (-(-N // config.rows), 1, 1),
-        (x, packed, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out),
-        (x.numel() // K, N),
-        (
-            K,
-            pair_codes(quant_type, x.dtype),
-            ALPHA[quant_type, x.dtype],
-            absmax_8bit is not None,
-            NESTED_BLOCKSIZE,
-            blocksize,
-            bias is not None,
-            *skinny_constants(config, x.dtype).values(),
-        ),
-        config,
-    )
+    nested, has_bias = absmax_8bit is not None, bias is not None
+    launch = skinny_launch((x.numel() // K, N, K), x.dtype, blocksize, quant_type, nested, has_bias, config)
+    launch(x, packed, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
