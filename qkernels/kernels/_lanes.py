@@ -13,11 +13,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 # Weights are read once: they must not push x out of the first-level cache.
-_LOAD_ONCE = gl.constexpr("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD_ONCE = gl.constexpr("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
 _LOAD_IF = gl.constexpr(
     "{ .reg .pred inside; setp.ne.b32 inside, $5, 0;"
     " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-    " @inside ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    " @inside ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
 )
 _LOAD_SHARED_PAIR = gl.constexpr("ld.shared.v2.f32 {$0, $1}, [$2];")
 _STORE_SHARED_PAIR = gl.constexpr("{ st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }")
@@ -126,6 +126,20 @@ def store_shared_pair(address, first, second):
 def wait_for_all(thread):
     """A barrier of the program's warps."""
     gl.inline_asm_elementwise("{ bar.sync 0; mov.b32 $0, 0; }", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def warp_number(WARPS: gl.constexpr):
+    """This thread's warp, modulo a power of two: a scalar to Gluon though it differs between warps, for branches that a
+    whole warp takes.  The compiler knows nothing of its range."""
+    return gl.inline_asm_elementwise(
+        "{ mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; and.b32 $0, $0, $1; }",
+        "=&r,r",
+        [WARPS - 1],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit

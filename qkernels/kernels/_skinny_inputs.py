@@ -12,6 +12,7 @@ from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ._lanes import from_lane, load_if, load_once, store_shared, store_shared_pair
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
+SCALE_BATCH = gl.constexpr(4)  # pairs of scales that a lane loads at once
 
 
 @gluon.jit
@@ -33,25 +34,26 @@ def chunk_offset(chunk, t, K: gl.constexpr):
 
 
 @gluon.jit
-def load_x(address, chunk, column, t, inside, M, K: gl.constexpr, PAIRED: gl.constexpr, COLUMNS: gl.constexpr):
-    """x of one chunk in the fragments' order of k: 16 registers for each 8 columns."""
-    here = address + chunk * (2 * CHUNK)
-    if PAIRED:
-        if K % CHUNK:
-            inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
-        x = ()
-        for part in gl.static_range(4):
-            x = x + load_if(here + 16 * part, inside)
-    else:
-        inside_2 = inside
-        if K % CHUNK:
-            inside_2 = inside & (chunk < K // CHUNK).to(gl.int32)
-        x = ()
-        for j in gl.static_range(COLUMNS // 8):
-            row = here + 16 * j * K
-            group = (column + 8 * j < M).to(gl.int32)
-            x = x + load_if(row, inside & group) + load_if(row + 16, inside & group)
-            x = x + load_if(row + 128, inside_2 & group) + load_if(row + 144, inside_2 & group)
+def load_x_paired(address, chunk, t, inside, K: gl.constexpr):
+    """x of one chunk for M <= 4, in the fragments' order of k: 16 registers."""
+    if K % CHUNK:
+        inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
+    x = ()
+    for part in gl.static_range(4):
+        x = x + load_if(address + chunk * (2 * CHUNK) + 16 * part, inside)
+    return x
+
+
+@gluon.jit
+def load_x(address, chunk, column, inside, M, HALF: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr):
+    """x of the first or second half of a chunk, in the fragments' order of k: 8 registers for each 8 columns."""
+    if HALF == 1 and K % CHUNK:
+        inside = inside & (chunk < K // CHUNK).to(gl.int32)
+    x = ()
+    for j in gl.static_range(COLUMNS // 8):
+        here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * K
+        group = inside & (column + 8 * j < M).to(gl.int32)
+        x = x + load_if(here, group) + load_if(here + 32, group)
     return x
 
 
@@ -68,15 +70,20 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, nu
 
 
 @gluon.jit
-def decode_scales(
-    shared,
+def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, K: gl.constexpr, num_warps: gl.constexpr):
+    """Row of the program and chunk of the scales that a lane has in a turn: lanes over chunks, warps over rows."""
+    SPANS: gl.constexpr = (K // 64 + 63) // 64  # of 32 chunks
+    return (BATCH * SCALE_BATCH + i) // SPANS * num_warps + warp, (BATCH * SCALE_BATCH + i) % SPANS * 32 + lane
+
+
+@gluon.jit
+def load_scales(
     absmax_ptr,
     absmax_8bit_ptr,
-    absmax_code_ptr,
-    absmax_offset_ptr,
     first_row,
     warp,
     lane,
+    BATCH: gl.constexpr,
     K: gl.constexpr,
     NESTED: gl.constexpr,
     NESTED_BLOCK: gl.constexpr,
@@ -84,28 +91,60 @@ def decode_scales(
     ROWS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Two float32 scales for each row and chunk of 128 k: lanes over chunks, warps over rows."""
-    CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
+    """Two scales for each chunk of 128 k: (first, second), nested (first's and second's index, and their scales)."""
     PER_BLOCK: gl.constexpr = QUANT_BLOCK // 64
+    loaded = ()
+    for i in gl.static_range(SCALE_BATCH):
+        row, chunk = _scale_place(BATCH, i, warp, lane, K, num_warps)
+        half = (first_row + row) * (K // 64) + chunk * 2  # counted in 64 weights
+        inside = (chunk * 2 < K // 64) & (row < ROWS)
+        inside_2 = (chunk * 2 + 1 < K // 64) & (row < ROWS)
+        if NESTED:
+            loaded = loaded + (
+                gl.load(absmax_8bit_ptr + half // PER_BLOCK, mask=inside, other=0),
+                gl.load(absmax_8bit_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0),
+                gl.load(absmax_ptr + half // (PER_BLOCK * NESTED_BLOCK), mask=inside, other=0.0),
+            )
+            if K % CHUNK:
+                second = gl.load(absmax_ptr + (half + 1) // (PER_BLOCK * NESTED_BLOCK), mask=inside_2, other=0.0)
+                loaded = loaded + (second,)
+            else:  # an even first half: both are in the same block of scales
+                loaded = loaded + (loaded[4 * i + 2],)
+        else:
+            loaded = loaded + (
+                gl.load(absmax_ptr + half // PER_BLOCK, mask=inside, other=0.0),
+                gl.load(absmax_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0.0),
+            )
+    return loaded
+
+
+@gluon.jit
+def store_scales(
+    shared,
+    loaded,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    warp,
+    lane,
+    BATCH: gl.constexpr,
+    K: gl.constexpr,
+    NESTED: gl.constexpr,
+    ROWS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Decode what `load_scales` loaded and lay it out as [chunk][row][2], float32."""
+    CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
-    for first in range(0, ROWS, num_warps):
-        for chunk in range(0, CHUNKS, 32):
-            row = first + warp
-            here = chunk + lane
-            half = (first_row + row) * (K // 64) + here * 2  # counted in 64 weights
-            inside = (here < CHUNKS) & (row < ROWS)
-            inside_2 = inside & (here * 2 + 1 < K // 64)
-            if NESTED:
-                index = gl.load(absmax_8bit_ptr + half // PER_BLOCK, mask=inside, other=0).to(gl.int32)
-                index_2 = gl.load(absmax_8bit_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0).to(gl.int32)
-                nested = gl.load(absmax_ptr + half // (PER_BLOCK * NESTED_BLOCK), mask=inside, other=0.0)
-                nested_2 = gl.load(absmax_ptr + (half + 1) // (PER_BLOCK * NESTED_BLOCK), mask=inside_2, other=0.0)
-                scale = gl.load(absmax_code_ptr + index) * nested + offset
-                scale_2 = gl.load(absmax_code_ptr + index_2) * nested_2 + offset
-            else:
-                scale = gl.load(absmax_ptr + half // PER_BLOCK, mask=inside, other=0.0)
-                scale_2 = gl.load(absmax_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0.0)
-            # What is outside goes behind the last chunk.  8 more bytes a chunk keep the lanes' banks apart.
-            place = gl.where(inside, here * (ROWS * 8 + 8) + row * 8, CHUNKS * (ROWS * 8 + 8))
-            store_shared_pair(shared + place, scale, scale_2)
+    for i in gl.static_range(SCALE_BATCH):
+        if NESTED:
+            scale = gl.load(absmax_code_ptr + loaded[4 * i].to(gl.int32)) * loaded[4 * i + 2] + offset
+            scale_2 = gl.load(absmax_code_ptr + loaded[4 * i + 1].to(gl.int32)) * loaded[4 * i + 3] + offset
+        else:
+            scale = loaded[2 * i]
+            scale_2 = loaded[2 * i + 1]
+        row, chunk = _scale_place(BATCH, i, warp, lane, K, num_warps)
+        # What is outside goes behind the last chunk.  8 more bytes a chunk keep the lanes' banks apart.
+        inside = (chunk < CHUNKS) & (row < ROWS)
+        place = gl.where(inside, chunk * (ROWS * 8 + 8) + row * 8, CHUNKS * (ROWS * 8 + 8))
+        store_shared_pair(shared + place, scale, scale_2)

@@ -28,84 +28,21 @@ from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
 from ..tuning.skinny import SkinnyConfig
-from ._lanes import (
-    load_once,
-    load_shared,
-    load_shared_pair,
-    look_up,
-    mma,
-    shared_address,
-    store_shared,
-    swap_halves,
-    wait_for_all,
-)
+from ._lanes import load_shared, shared_address, store_shared, wait_for_all, warp_number
 from ._launch import Launch, Launcher
 from ._pairs import ALPHA, pair_codes
-from ._skinny_inputs import CHUNK, chunk_offset, decode_scales, fill_table, load_weights, load_x
-
-
-@gluon.jit
-def _zeros(lane):
-    zero = (lane * 0).to(gl.float32)
-    return (zero, zero, zero, zero)
-
-
-@gluon.jit
-def _add_scaled(acc, ACC: gl.constexpr, part, scale, scale_8):
-    """acc[ACC : ACC + 4] plus the sums of row g (two columns) and of row g + 8, each times its scale."""
-    return (
-        gl.fma(part[0], scale, acc[ACC]),
-        gl.fma(part[1], scale, acc[ACC + 1]),
-        gl.fma(part[2], scale_8, acc[ACC + 2]),
-        gl.fma(part[3], scale_8, acc[ACC + 3]),
-    )
-
-
-@gluon.jit
-def _paired_tile(acc, w, x, scales, lane, TILE: gl.constexpr, STRIDE: gl.constexpr, KIND: gl.constexpr):
-    """A tile's 16 x 128 weights times x for M <= 4: lanes 0 and 1 of a quad have the sums of the first block of 64,
-    lanes 2 and 3 those of the second."""
-    part = _zeros(lane)
-    for word in gl.static_range(4):
-        a = look_up(w[8 * TILE + word], w[8 * TILE + 4 + word], lane * 4, STRIDE)
-        part = mma(a, x, 4 * word, part, KIND)
-    scale = load_shared(scales + lane % 4 // 2 * 4)
-    scale_8 = load_shared(scales + 64 + lane % 4 // 2 * 4)
-    return _add_scaled(acc, 4 * TILE, part, scale, scale_8)
-
-
-@gluon.jit
-def _swapped(w, FIRST: gl.constexpr, low):
-    """Two words of the first block of 64 and two of the second, from four words of which lanes t < 2 (`low`) have the
-    first block's and the others the second's."""
-    other = swap_halves(gl.where(low, w[FIRST + 2], w[FIRST]))
-    other_1 = swap_halves(gl.where(low, w[FIRST + 3], w[FIRST + 1]))
-    first = (gl.where(low, w[FIRST], other), gl.where(low, w[FIRST + 1], other_1))
-    second = (gl.where(low, other, w[FIRST + 2]), gl.where(low, other_1, w[FIRST + 3]))
-    return first + second
-
-
-@gluon.jit
-def _tile(acc, w, x, scales, lane, TILE: gl.constexpr, COLUMNS: gl.constexpr, STRIDE: gl.constexpr, KIND: gl.constexpr):
-    """A tile's 16 x 128 weights times all columns of x, one block of 64 after the other."""
-    GROUPS: gl.constexpr = COLUMNS // 8
-    row = _swapped(w, 8 * TILE, lane % 4 < 2)
-    row_8 = _swapped(w, 8 * TILE + 4, lane % 4 < 2)
-    scale = load_shared_pair(scales)
-    scale_8 = load_shared_pair(scales + 64)
-    first = ()
-    a = look_up(row[0], row_8[0], lane * 4, STRIDE)
-    a_1 = look_up(row[1], row_8[1], lane * 4, STRIDE)
-    for j in gl.static_range(GROUPS):
-        part = mma(a_1, x, 16 * j + 4, mma(a, x, 16 * j, _zeros(lane), KIND), KIND)
-        first = first + _add_scaled(acc, 4 * (GROUPS * TILE + j), part, scale[0], scale_8[0])
-    both = ()
-    a = look_up(row[2], row_8[2], lane * 4, STRIDE)
-    a_1 = look_up(row[3], row_8[3], lane * 4, STRIDE)
-    for j in gl.static_range(GROUPS):
-        part = mma(a_1, x, 16 * j + 12, mma(a, x, 16 * j + 8, _zeros(lane), KIND), KIND)
-        both = both + _add_scaled(first, 4 * j, part, scale[1], scale_8[1])
-    return both
+from ._skinny_chunk import half_chunk, paired_chunk, swapped, zeros
+from ._skinny_inputs import (
+    CHUNK,
+    SCALE_BATCH,
+    chunk_offset,
+    fill_table,
+    load_scales,
+    load_weights,
+    load_x,
+    load_x_paired,
+    store_scales,
+)
 
 
 @gluon.jit
@@ -188,6 +125,8 @@ def _matmul_skinny_kernel(
     ROWS: gl.constexpr = 16 * TILES * ROW_WARPS
     GROUPS: gl.constexpr = COLUMNS // 8
     CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
+    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((CHUNKS + 31) // 32)
+    SCALE_BATCHES: gl.constexpr = (SCALE_TURNS + SCALE_BATCH - 1) // SCALE_BATCH
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     memory = gl.allocate_shared_memory(
         gl.float32, [SHARED_BYTES // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -201,8 +140,12 @@ def _matmul_skinny_kernel(
     row_warp = warp // K_WARPS
     shared = shared_address(thread)
     scales = shared + 256 * STRIDE
+    # Programs beside each other share W's rows, which the second finds in the cache.
+    x_ptr += gl.program_id(0) * (COLUMNS * K)
+    out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
+    M -= gl.program_id(0) * COLUMNS
     # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
-    first_row = gl.minimum(gl.program_id(0) * ROWS, N - ROWS)
+    first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
     row = first_row + row_warp * (16 * TILES) + g
     w_address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
     if PAIRED:
@@ -212,51 +155,67 @@ def _matmul_skinny_kernel(
     else:
         column = g
         inside = lane * 0 + 1
-        x_address = x_ptr.to(gl.int64) + (column * K + t % 2 * 32 + t // 2 * 16) * 2
+        x_address = x_ptr.to(gl.int64) + (column * K + t % 2 * 32 + t // 2 * 8) * 2
 
-    chunk = gl.minimum(k_warp, CHUNKS - 1)
-    w = load_weights(w_address + chunk_offset(chunk, t, K), K, TILES)
-    x = load_x(x_address, chunk, column, t, inside * (k_warp < CHUNKS).to(gl.int32), M, K, PAIRED, COLUMNS)
-    fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
-    decode_scales(
-        scales,
-        absmax_ptr,
-        absmax_8bit_ptr,
-        absmax_code_ptr,
-        absmax_offset_ptr,
-        first_row,
-        warp,
-        lane,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-        ROWS,
-        num_warps,
+    scale_pairs = load_scales(
+        absmax_ptr, absmax_8bit_ptr, first_row, warp, lane, 0, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ROWS, num_warps
     )
+    chunk = gl.minimum(k_warp, CHUNKS - 1)
+    inside_now = inside * (k_warp < CHUNKS).to(gl.int32)
+    w = load_weights(w_address + chunk_offset(chunk, t, K), K, TILES)
+    if PAIRED:
+        x = load_x_paired(x_address, chunk, t, inside_now, K)
+    else:
+        x = load_x(x_address, chunk, column, inside_now, M, 0, K, COLUMNS)
+        x_1 = load_x(x_address, chunk, column, inside_now, M, 1, K, COLUMNS)
     wait_for_all(thread)
-    acc = _zeros(lane)
+    fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+    store_scales(scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, 0, K, NESTED, ROWS, num_warps)
+    for batch in gl.static_range(1, SCALE_BATCHES):
+        scale_pairs = load_scales(
+            absmax_ptr,
+            absmax_8bit_ptr,
+            first_row,
+            warp,
+            lane,
+            batch,
+            K,
+            NESTED,
+            NESTED_BLOCK,
+            QUANT_BLOCK,
+            ROWS,
+            num_warps,
+        )
+        store_scales(
+            scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, batch, K, NESTED, ROWS, num_warps
+        )
+    wait_for_all(thread)
+
+    acc = zeros(lane)
     for _ in gl.static_range(1, TILES * GROUPS):
-        acc = acc + _zeros(lane)
+        acc = acc + zeros(lane)
+    this_k_warp = warp_number(K_WARPS)
     for step in range((CHUNKS + K_WARPS - 1) // K_WARPS):
         chunk = step * K_WARPS + k_warp
         following = gl.minimum(chunk + K_WARPS, CHUNKS - 1)
-        following_inside = inside * (chunk + K_WARPS < CHUNKS).to(gl.int32)
+        inside_then = inside * (chunk + K_WARPS < CHUNKS).to(gl.int32)
         # A warp without a chunk of its own has zeros for x and computes with the last one's scales.
         here = scales + gl.minimum(chunk, CHUNKS - 1) * (ROWS * 8 + 8) + (row_warp * (16 * TILES) + g) * 8
-        sums = ()
-        following_w = ()
-        w_next = w_address + chunk_offset(following, t, K)
-        for tile in gl.static_range(TILES):
-            if PAIRED:
-                sums = sums + _paired_tile(acc, w, x, here + 128 * tile, lane, tile, STRIDE, KIND)
-            else:
-                sums = sums + _tile(acc, w, x, here + 128 * tile, lane, tile, COLUMNS, STRIDE, KIND)
-            following_w = following_w + load_once(w_next + 16 * tile * (K // 2))
-            following_w = following_w + load_once(w_next + (16 * tile + 8) * (K // 2))
-        acc = sums
-        w = following_w
-        x = load_x(x_address, following, column, t, following_inside, M, K, PAIRED, COLUMNS)
+        w_then = load_weights(w_address + chunk_offset(following, t, K), K, TILES)
+        if PAIRED:
+            x_then = load_x_paired(x_address, following, t, inside_then, K)
+            if step * K_WARPS + this_k_warp < CHUNKS:
+                acc = paired_chunk(acc, w, x, here, lane, TILES, STRIDE, KIND)
+            x = x_then
+        else:
+            if step * K_WARPS + this_k_warp < CHUNKS:
+                w = swapped(w, lane, TILES)
+                acc = half_chunk(acc, w, x, here, lane, 0, TILES, GROUPS, STRIDE, KIND)
+            x = load_x(x_address, following, column, inside_then, M, 0, K, COLUMNS)
+            if step * K_WARPS + this_k_warp < CHUNKS:
+                acc = half_chunk(acc, w, x_1, here, lane, 1, TILES, GROUPS, STRIDE, KIND)
+            x_1 = load_x(x_address, following, column, inside_then, M, 1, K, COLUMNS)
+        w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
     memory.index(0).store(acc[0])  # and the others by address: each of Gluon's stores would wait for all
     for value in gl.static_range(1, 4 * TILES * GROUPS):
@@ -325,7 +284,7 @@ def skinny_launch(
         has_bias,
         *skinny_constants(config, dtype).values(),
     )
-    return Launch(_launch, (-(-N // config.rows), 1, 1), (M, N), constants, config)
+    return Launch(_launch, (-(-M // config.columns), -(-N // config.rows), 1), (M, N), constants, config)
 
 
 def matmul_skinny_triton(

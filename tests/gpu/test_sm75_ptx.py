@@ -218,9 +218,9 @@ def test_matmul_skinny(variant):
             "absmax_offset_ptr": state.offset,
         }
     bias = torch.randn(N, device="cuda", dtype=torch.float16) if constants["HAS_BIAS"] else None
-    for M in (1, 4) if constants["PAIRED"] else (columns - 3, columns):
+    for M in (1, 4) if constants["PAIRED"] else (columns - 3, columns, 3 * columns - 1):
         x = torch.randn(M, K, device="cuda", dtype=torch.float16)
         out = torch.full((M, N), torch.nan, device="cuda", dtype=torch.float16)
         arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N, **scales}
-        kernel((triton.cdiv(N, variant.config.rows), 1, 1), arguments)
+        kernel((triton.cdiv(M, columns), triton.cdiv(N, variant.config.rows), 1), arguments)
         skinny.assert_accurate(out, x, packed, state, bias)
