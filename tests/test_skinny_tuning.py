@@ -18,7 +18,7 @@ def test_every_configuration_can_be_launched(N, K, sm):
     for M in range(1, skinny_limit(sm) + 1):
         config = skinny_config(M, N, K, sm)
         assert config is not None
-        assert M <= config.columns <= 2 * max(M, 4)
+        assert min(M, 32) <= config.columns <= 2 * max(M, 4)
         assert config.rows <= N
         assert config.num_warps % config.row_warps == 0
         assert config.paired == (M <= 4)
@@ -49,6 +49,7 @@ def test_what_no_program_fits():
         ((1, 4096, 4096, torch.float32, (9, 0)), "no tensor cores for float32"),
         ((1, 4096, 4096, torch.bfloat16, (7, 5)), "no tensor cores for bfloat16"),
         ((0, 4096, 4096, torch.float16, (9, 0)), "M=0 is not in 1 to"),
+        ((4096, 4096, 4096, torch.float16, (8, 0)), "M=4096 is not in 1 to"),
         ((4096, 4096, 4096, torch.float16, (9, 0)), "M=4096 is not in 1 to"),
         ((1, 4096, 4096, torch.float16, (7, 0)), "M=1 is not in 1 to 0"),
         ((1, 4096, 4100, torch.float16, (9, 0)), "K=4100"),

@@ -58,8 +58,8 @@ def test_who_takes_what():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"device": (8, 0)}, "sm_80 has no wgmma instruction"),
-        ({"device": (10, 0)}, "sm_100 has no wgmma instruction"),
+        ({"M": 200, "device": (8, 0)}, "sm_80 has no wgmma instruction"),
+        ({"M": 200, "device": (10, 0)}, "sm_100 has no wgmma instruction"),
         ({"dtype": torch.float32}, "wgmma has no float32"),
         ({"K": 4090}, "K=4090 and blocks of 64 are not both multiples of 64"),
         ({"blocksize": 32}, "K=4096 and blocks of 32 are not both multiples of 64"),

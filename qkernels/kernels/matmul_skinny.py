@@ -303,8 +303,7 @@ def matmul_skinny_triton(
     """Launch the kernel into `out`.
 
     Args:
-        x: float16 or bfloat16 [..., K], contiguous, aligned to 16 bytes; M, the product of the leading sizes, is 1 to
-            config.columns.
+        x: float16 or bfloat16 [..., K], contiguous, aligned to 16 bytes; M is the product of the leading sizes.
         packed: codes of W [N, K], contiguous, aligned to 16 bytes, any storage dtype; K a multiple of 64, and N at
             least the rows of a program.
         absmax: float32 scales, one a block; with double quantization the scales of `absmax_8bit`, one for 256.

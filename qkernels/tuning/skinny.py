@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
-SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-# Multiprocessors of a T4, an A100, an RTX 3090, an H100, an RTX 5090; others of their kind are counted as these.
-_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 120: 170}
+SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Multiprocessors of a T4, an A100, an RTX 3090, an H100, a B200, an RTX 5090; others of their kind count as these.
+_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 
 
 class SkinnyConfig(NamedTuple):
     """Attributes:
-    columns: rows of x, M, that the kernel has room for: a multiple of 8.
+    columns: rows of x that a program takes, a multiple of 8; other programs take the others.
     tiles: tiles of 16 rows of W a warp.
     row_warps: warps that share the rows of a program; the others share K.
     num_warps: warps a program.
@@ -53,19 +53,22 @@ def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: in
     return -(-max(256 * stride + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
 
-# The most rows of x for which the fused product is taken.
-_LIMIT = {75: 32, 80: 32, 86: 32, 90: 32, 120: 32}
+# The most rows of x for which the fused product is taken; on an H100 more of them are the wgmma product's.  Elsewhere,
+# not measured but counted: decoding writes 2 bytes a weight and cuBLAS reads them, as much as eight readings of the
+# half byte, and from 33 rows on each 32 read W again.
+_LIMIT = {75: 128, 80: 128, 86: 128, 90: 32, 100: 128, 120: 128}
 
-# (tiles, row_warps, num_warps, least programs a multiprocessor) by columns, from few rows of W a program to many.  Two
-# programs a multiprocessor: while one fills its table and waits for its first weights, another computes.  From 17 rows
-# of x on, reading x for 16 rows of W at a time costs more than that gains.
+# (tiles, row_warps, num_warps, least programs a multiprocessor) by the most rows of x, from few rows of W a program to
+# many; measured on an H100 (`docs/log.md`).  Two programs a multiprocessor and more: while one fills its table and
+# waits for its first weights, another computes.
 _SHAPES = {
-    8: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 8, 1.9), (2, 2, 8, 1.9)),
-    16: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 4, 1.9), (2, 2, 8, 1.9)),
-    32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.9), (2, 2, 4, 1.9)),
+    4: ((1, 1, 8, 0), (1, 2, 8, 1.9), (2, 1, 4, 3.8)),
+    8: ((1, 1, 8, 0), (2, 1, 8, 1.9), (3, 1, 8, 1.6), (3, 1, 4, 2.5)),
+    16: ((1, 1, 8, 0), (2, 1, 4, 1.9), (3, 1, 4, 2.5)),
+    32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.6), (2, 1, 4, 3.8)),
 }
-# With a long K a program of 16 rows takes more warps where x has few rows, and one of 32 is enough where it has more.
-_LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 16, 0.9
+# With a long K fewer programs of 32 rows are enough, as each has more to do, by more warps.
+_LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 8, 0.9
 _STRIDE = 128
 
 
@@ -79,8 +82,13 @@ def skinny_limit(sm: int) -> int:
     return _LIMIT.get(generation(sm), 0)
 
 
+def _most_rows(M: int) -> int:
+    """The table's key; what is beyond the last goes to several programs of so many rows."""
+    return next((rows for rows in _SHAPES if rows >= M), max(_SHAPES))
+
+
 def _config(M: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
-    columns = next(columns for columns in _SHAPES if columns >= M)
+    columns = max(8, _most_rows(M))
     shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
     return SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
 
@@ -95,7 +103,7 @@ def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
     None where the kernel is not for so many rows of x, or not for the GPU.
     """
     known = generation(sm)
-    if known == 0 or max(_SHAPES) < M:
+    if known == 0 or skinny_limit(sm) < M:
         return []
     found = []
     for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
@@ -119,11 +127,9 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     """
     known = generation(sm)
     best = None
-    for tiles, row_warps, num_warps, programs in _SHAPES[next(columns for columns in _SHAPES if columns >= M)]:
-        if (tiles, row_warps) == (1, 1) and M <= 4 and K >= _LONG_K:
-            num_warps = _LONG_WARPS
+    for tiles, row_warps, num_warps, programs in _SHAPES[_most_rows(M)]:
         if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
-            programs = _LONG_PROGRAMS
+            num_warps, programs = _LONG_WARPS, _LONG_PROGRAMS
         config = _config(M, K, known, tiles, row_warps, num_warps)
         if _fits(config, N, known) and config.rows * programs * _PROCESSORS[known] <= N:
             best = config
