@@ -105,7 +105,9 @@ def add_shape_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    rows, columns = text.split("x")
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected rows x columns, as 4096x4096, got {text!r}")
     return int(rows), int(columns)
 
 

@@ -90,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", metavar="run", type=Path, nargs="+", help="CSVs that benchmarks.run has just made")
     parser.add_argument("--record", type=Path, help="the CSV to hold them against; default: of each the one that fits")
     options = parser.parse_args(arguments)
+    if missing := [str(run) for run in options.runs if not run.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     return max(_compare_run(run, options.record) for run in options.runs)
 
 

@@ -96,6 +96,12 @@ def test_other_shapes_may_be_given(monkeypatch):
     assert (32000, 4096) in run.shapes_of(parse(["--op", "quantize"]))
 
 
+def test_a_wrong_shape_is_told(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--op", "quantize", "--shape", "4096", "--out", "x"])
+    assert "rows x columns, as 4096x4096, got '4096'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--gpu-record", "--smoke"], ["--gpu-record", "--out", "x"], []])
 def test_a_record_goes_to_one_place(flags, capsys):
     with pytest.raises(SystemExit):
