@@ -80,18 +80,20 @@ def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: to
 def _dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    _check_format(blocksize, quant_type)
-    arguments = (A.contiguous(), absmax.contiguous(), blocksize, quant_type, shape, dtype)
-    return operator("dequantize_4bit", A)(*arguments, None, None, None)
+    return operator("dequantize_4bit", A)(*_to_decode(A, absmax, blocksize, quant_type, shape, dtype))
 
 
 def _dequantize_4bit_out(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype, out: Tensor
 ) -> None:
-    _check_format(blocksize, quant_type)
     checks.check_out("out", out, torch.Size(shape), dtype, A.device)
-    arguments = (A.contiguous(), absmax.contiguous(), blocksize, quant_type, shape, dtype)
-    operator("dequantize_4bit.out", A)(*arguments, None, None, None, out=out)
+    operator("dequantize_4bit.out", A)(*_to_decode(A, absmax, blocksize, quant_type, shape, dtype), out=out)
+
+
+def _to_decode(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, *shape_and_dtype: Any) -> tuple[Any, ...]:
+    """Our operators' arguments: bitsandbytes decodes nested scales before."""
+    _check_format(blocksize, quant_type)
+    return A.contiguous(), absmax.contiguous(), blocksize, quant_type, *shape_and_dtype, None, None, None
 
 
 def _gemm_4bit(

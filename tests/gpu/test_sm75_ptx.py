@@ -75,6 +75,18 @@ def filled(length: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((length * dtype.itemsize,), 0xAB, dtype=torch.uint8, device="cuda").view(dtype)
 
 
+def scales(state: qkernels.QuantState) -> dict[str, torch.Tensor]:
+    """A kernel's arguments for plain or for doubly quantized scales."""
+    if not state.nested:
+        return {"absmax_ptr": state.absmax}
+    return {
+        "absmax_ptr": state.state2.absmax,
+        "absmax_8bit_ptr": state.absmax,
+        "absmax_code_ptr": state.state2.code,
+        "absmax_offset_ptr": state.offset,
+    }
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -117,17 +129,10 @@ def test_dequantize_4bit(variant, quant_type):
         options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
         packed, state = qkernels.quantize_4bit(values(n, dtype), **options)
         out = filled(n, dtype)
-        scales = {"absmax_ptr": state.absmax}
         absmax = state.absmax
         if nested:
-            scales = {
-                "absmax_ptr": state.state2.absmax,
-                "absmax_8bit_ptr": state.absmax,
-                "absmax_code_ptr": state.state2.code,
-                "absmax_offset_ptr": state.offset,
-            }
             absmax = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)
-        arguments = {"packed_ptr": packed, "out_ptr": out, "n": n, "n_bytes": packed_length(n), **scales}
+        arguments = {"packed_ptr": packed, "out_ptr": out, "n": n, "n_bytes": packed_length(n)} | scales(state)
         kernel(grid(variant, n), {**arguments, "code_ptr": code_table(quant_type, device())})
         assert_bits_equal(out, dequantize_4bit_reference(packed, absmax, blocksize, quant_type, (n,), dtype))
         assert_bits_equal(out, qkernels.dequantize_4bit(packed, state))
@@ -209,18 +214,11 @@ def test_matmul_skinny(variant):
     quant_type = "fp4" if " fp4 " in variant.name else "nf4"
     options = {"blocksize": constants["QUANT_BLOCK"], "quant_type": quant_type, "compress_statistics": nested}
     packed, state = skinny.weight(N, K, torch.float16, **options)
-    scales = {"absmax_ptr": state.absmax}
-    if nested:
-        scales = {
-            "absmax_ptr": state.state2.absmax,
-            "absmax_8bit_ptr": state.absmax,
-            "absmax_code_ptr": state.state2.code,
-            "absmax_offset_ptr": state.offset,
-        }
     bias = torch.randn(N, device="cuda", dtype=torch.float16) if constants["HAS_BIAS"] else None
     for M in (1, 4) if constants["PAIRED"] else (columns - 3, columns, 3 * columns - 1):
         x = torch.randn(M, K, device="cuda", dtype=torch.float16)
         out = torch.full((M, N), torch.nan, device="cuda", dtype=torch.float16)
-        arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N, **scales}
-        kernel((triton.cdiv(M, columns), triton.cdiv(N, variant.config.rows), 1), arguments)
+        arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N}
+        grid_of_tiles = (triton.cdiv(M, columns), triton.cdiv(N, variant.config.rows), 1)
+        kernel(grid_of_tiles, arguments | scales(state))
         skinny.assert_accurate(out, x, packed, state, bias)
