@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .compare import AGAIN
 from .plotting import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, panels
@@ -51,6 +51,8 @@ def against_rows(op: str, dtype: str, rows: list[Row]) -> Figure:
         above.set_title(f"{shape[0]} x {shape[1]}", loc="left")
         above.set_yscale("log")
         above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        above.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        above.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.set_xscale("log", base=4)
         ms = sorted({row["m"] for row in products})
         below.set_xticks(ms[:: -(-len(ms) // 4)], minor=False)

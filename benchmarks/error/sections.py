@@ -167,7 +167,8 @@ def of_outputs(rows: list[Row]) -> list[Section]:
     device = "GPU" if rows[0]["device"] == "cuda" else "CPU"
     text = (
         f"y = x W^T on a {device}, x normal, NF4 in blocks of 64 with double quantization, against float64; "
-        "relative to the RMS of y. torch multiplies by the weight in 16 bits, unquantized."
+        "relative to the RMS of y. torch multiplies by the weight in 16 bits, unquantized. Expected of rounding: that "
+        "of the decoded weight and of y to 16 bits; a kernel that never rounds the weight can be below it."
     )
     head = ("weight", "dtype", "M", "by", "total", "quantization", "expected", "arithmetic", "expected of rounding")
     return [Section("A layer's output", text, "error-outputs.png", head, tuple(body))]
