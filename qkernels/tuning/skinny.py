@@ -100,10 +100,10 @@ def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
 def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
     """Every configuration for x [M, K] and W [N, K] that gives half of the multiprocessors a program.
 
-    None where the kernel is not for so many rows of x, or not for the GPU.
+    None where no GPU takes so many rows of x by the fused product, or this one takes none.
     """
     known = generation(sm)
-    if known == 0 or skinny_limit(sm) < M:
+    if known == 0 or max(_LIMIT.values()) < M:
         return []
     found = []
     for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):

@@ -11,10 +11,10 @@ from typing import NamedTuple
 _PROCESSORS = 132
 ROWS = 128  # two warp groups, which take turns at decoding and multiplying
 # Columns of a tile: (stages, microseconds a step of 64 of the contraction).  A wide tile decodes W for more columns.
-_TILES = {64: (8, 0.53), 128: (8, 0.64), 256: (4, 0.81)}
+_TILES = {64: (8, 0.49), 128: (8, 0.58), 256: (4, 0.77)}
 # The parts of split tiles are written and read again, from the L2 cache, by a launch of its own.
-_SUM_LAUNCH_US = 3.0
-_SUM_BYTES_PER_US = 2.5e6
+_SUM_LAUNCH_US = 3.5
+_SUM_BYTES_PER_US = 2.0e6
 _MOST_PARTS = 8
 
 
