@@ -30,7 +30,7 @@ def test_every_configuration_can_be_launched(N, K, sm):
 def test_a_long_k_has_its_own_programs():
     chosen = {M: skinny_config(M, 4096, 16384, 90) for M in (1, 8, 16, 32)}
     assert {M: (config.tiles, config.row_warps, config.num_warps) for M, config in chosen.items()} == {
-        1: (1, 1, 16),
+        1: (1, 1, 8),
         8: (2, 1, 8),
         16: (2, 1, 8),
         32: (2, 1, 8),
