@@ -11,6 +11,7 @@ pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
 import qkernels
 from benchmarks import accuracy
+from benchmarks.compare import RESULTS
 from benchmarks.products import exact_weight
 from benchmarks.report import read_csv
 
@@ -88,3 +89,8 @@ def test_the_exact_weight_is_code_times_scale():
     exact = exact_weight(packed, state)
     assert exact.dtype == torch.float64
     assert torch.equal(exact.float(), qkernels.dequantize_4bit(packed, state))
+
+
+def test_the_committed_records_keep_the_promise():
+    for path in RESULTS.glob("accuracy-*.csv"):
+        assert accuracy.problems(read_csv(path)) == [], path
