@@ -35,7 +35,7 @@ from .timing import Call, Timing, flushed, graph, host, wall
 ROTATION = 8
 # Rows of activations: from one token to a batch of sequences; of a training step; of generating one token.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_ROWS_OF = {"lora": (128, 2048), **dict.fromkeys(MODULES, (1,))}
+_ROWS_OF = {"lora": (32, 128, 512, 2048), **dict.fromkeys(MODULES, (1,))}
 _WITH_ROWS = {**PRODUCTS, **MODULES}
 # Rows and columns of the product that shows the matrix peak; of a trial's.
 PEAK_SIZE, _TRIAL_PEAK_SIZE = 8192, 64
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "--m",
         action="append",
         type=int,
-        help="rows of activations; repeat it; default 1 to 4096, lora 128 and 2048, a layer 1",
+        help="rows of activations; repeat it; default 1 to 4096, lora 32 to 2048, a layer 1",
     )
     return parser
 
