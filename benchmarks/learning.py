@@ -3,8 +3,10 @@
     python -m benchmarks.learning --out benchmarks/results --figure docs/figures/learning.png
     python -m benchmarks.learning --from benchmarks/results/learning-....csv --out . --figure docs/figures/learning.png
 
-SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, once
-on NF4 (double quantization) and once on the weights as they are.  Runs on a CPU, in float32.
+SmolLM2-135M on the prompts of fka/awesome-chatgpt-prompts; the same adapters, texts, batches and learning rates, on the
+weights as they are and on NF4 (double quantization): from adapters that begin at zero, from adapters that begin with
+QERA's part of the quantization error, and with the embedding, which is the output layer too, in 4 bits as well.  In
+float32; a CPU will do.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -28,6 +30,7 @@ from qlora.arguments import DataArguments
 from qlora.checkpoint import atomic_file, check_writable
 from qlora.data import TEXT, load_texts
 from qlora.demo import MODEL, prepare_model
+from qlora.integrations.peft_init import initialize_from_float
 from qlora.loading import load_pretrained_4bit
 from qlora.optimize import optimize_model
 
@@ -40,14 +43,29 @@ from .report import Row, file_stem, read_csv, write_csv
 LEARNING_RATE = 1e-3
 BATCH = 4
 MAX_LENGTH = 256
-COLORS = {"4 bits": "#d62728", "16 bits": "#1f77b4"}
+MEASURED_ON = 32  # of the texts to train on, for QERA
+PLAIN, ZERO, QERA, EMBEDDINGS = "16 bits", "4 bits", "4 bits, QERA", "4 bits, embedding too"
+COLORS = {PLAIN: "#1f77b4", ZERO: "#d62728", QERA: "#2ca02c", EMBEDDINGS: "#ff7f0e"}
 
 
 def load(weights: str, folder: str, device: str) -> PreTrainedModel:
     """The base model, frozen: its linear layers in NF4, or all of it as the checkpoint has it; computing in float32."""
-    if weights == "4 bits":
-        return load_pretrained_4bit(folder, dtype=torch.float32, device=device)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    if weights == PLAIN:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    return load_pretrained_4bit(folder, dtype=torch.float32, device=device, quantize_embeddings=weights == EMBEDDINGS)
+
+
+def adapted(model: PreTrainedModel, weights: str, folder: str, texts: list[str], options: Any) -> PeftModel:
+    """The model with adapters on all linear layers, which begin at zero but for `QERA`."""
+    rank: int = options.rank
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(optimize_model(model), config)
+    if weights == QERA:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        inputs = [tokenizer(text, return_tensors="pt", max_length=MAX_LENGTH, truncation=True) for text in texts]
+        report = initialize_from_float(model, folder, "qera_niter_8", inputs=inputs)
+        print(f"error of the layers' outputs: {report.before:.4f} -> {report.after:.4f}", flush=True)
+    return model
 
 
 def rows_of(weights: str, folder: str, device: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -58,10 +76,7 @@ def rows_of(weights: str, folder: str, device: str, options: argparse.Namespace)
         data.TEXT_COLUMN,
     )
     set_seed(0)
-    model = get_peft_model(
-        optimize_model(load(weights, folder, device)),
-        LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+    model = adapted(load(weights, folder, device), weights, folder, texts[TEXT][:MEASURED_ON], options)
     with tempfile.TemporaryDirectory(prefix="learning-") as work:
         trainer = SFTTrainer(
             model=model,
@@ -101,9 +116,9 @@ def curves(rows: list[Row]) -> Figure:
     """The held-out losses, a curve for each kind of weights."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for weights, color in COLORS.items():
-        curve = [row for row in rows if row["weights"] == weights and row["kind"] == "held out"]
-        steps, losses = [int(row["step"]) for row in curve], [float(row["loss"]) for row in curve]
+    for weights in held_out(rows):
+        color = COLORS[weights]
+        steps, losses = held_out(rows)[weights]
         axes.plot(steps, losses, "o-", color=color, label=f"LoRA on {weights}: {losses[0]:.3f} to {losses[-1]:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss on held-out prompts (nats a token)")
@@ -113,17 +128,26 @@ def curves(rows: list[Row]) -> Figure:
     return figure
 
 
+def held_out(rows: list[Row]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and held-out losses of each kind of weights in the record."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        if row["kind"] == "held out":
+            steps, losses = found.setdefault(str(row["weights"]), ([], []))
+            steps.append(int(row["step"]))
+            losses.append(float(row["loss"]))
+    return found
+
+
 def summary(rows: list[Row]) -> str:
-    """The held-out losses before and after, and how far they are apart."""
-    ends: dict[str, tuple[float, float]] = {}
-    for weights in COLORS:
-        losses = [float(row["loss"]) for row in rows if row["weights"] == weights and row["kind"] == "held out"]
-        ends[weights] = losses[0], losses[-1]
-    (before, after), (before16, after16) = ends["4 bits"], ends["16 bits"]
-    return (
-        f"held-out loss: 4 bits {before:.4f} -> {after:.4f}, 16 bits {before16:.4f} -> {after16:.4f}; "
-        f"at the end 4 bits is {after / after16 - 1:+.2%}"
-    )
+    """The held-out losses before, at their least and at the end, and how far each is from that on 16 bits."""
+    ends = {weights: (losses[0], min(losses), losses[-1]) for weights, (_, losses) in held_out(rows).items()}
+    lines = ["held-out loss          before            least            at the end"]
+    for weights, losses in ends.items():
+        apart = [loss / plain - 1 for loss, plain in zip(losses, ends.get(PLAIN, losses), strict=True)]
+        cells = [f"{loss:.4f} ({share:+.2%})" for loss, share in zip(losses, apart, strict=True)]
+        lines.append(f"{weights:22} " + "  ".join(cells))
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,13 +179,13 @@ def measure(options: argparse.Namespace) -> Path:
     check_writable(options.out)
     common: dict[str, Any] = {
         "model": MODEL,
-        **{name: getattr(options, name) for name in ("texts", "held_out", "steps")},
+        **{name: getattr(options, name) for name in ("texts", "held_out", "steps", "rank")},
         **environment(device, commit=options.commit),
     }
     stem = file_stem(options.out, "learning", str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
     folder = str(prepare_model())
     rows = []
-    for weights in COLORS:
+    for weights in options.weights:
         began = time.monotonic()
         rows += [{**row, **common} for row in rows_of(weights, folder, device, options)]
         print(f"{weights}: {time.monotonic() - began:.0f} s", flush=True)
@@ -176,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source", type=Path, help="draw from this CSV, and measure nothing")
     add_data_flag(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    parser.add_argument("--weights", nargs="+", choices=COLORS, default=list(COLORS), metavar="WEIGHTS", help="which")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=130, help="prompts to train on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=24, help="prompts to measure on (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="of 4 prompts (default: %(default)s)")
