@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qkernels.errors import UserError
 from qlora.arguments import LoraArguments
 from qlora.checkpoint import atomic_file
 from qlora.gpus import find_gpu
+from qlora.loading import load_pretrained_4bit
 from qlora.memory import PARTS, Run, plan
 from qlora.optimize import optimize_model
 from qlora.roofline import step_time
@@ -33,7 +34,7 @@ from qlora.shapes import meta_model, shapes_of
 from . import data, report
 from .checkpoint import build_checkpoint
 from .command import add_model_flags, model_run, parser_of
-from .providers import DTYPES, PROVIDERS, training_arguments
+from .providers import DTYPES, PROVIDERS, lora_targets, training_arguments
 from .worker import StepClock
 
 # BATCHxLENGTH, what is recomputed, blocks that keep everything, CUDA graphs.
@@ -49,6 +50,8 @@ CASES = (
     ("4x512", "block", 0, False),
     ("4x512", "nothing", 0, False),
 )
+# With the embedding and the output layer in 4 bits as well.
+CASES_WITH_EMBEDDINGS = (("1x128", "block", 0, True), ("4x512", "block", 0, True), ("4x512", "block", 0, False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,34 +74,51 @@ def run(options: argparse.Namespace) -> Path:
     """See `main`; returns the results' path without suffix."""
     asked = model_run(options, "plan-")
     device, size, common, stem = asked.device, asked.size, asked.common, asked.stem
-    provider = PROVIDERS["qlora"]
+    rows: list[report.Row] = []
     with tempfile.TemporaryDirectory(prefix="plan-check-") as work:
         checkpoint = options.checkpoint or Path(work) / "checkpoint"
         build_checkpoint(checkpoint, size, device=device)
         data.train_tokenizer(asked.texts, size.vocab).save_pretrained(checkpoint)
-        precision = "fp32" if device == "cpu" else options.precision
-        base = provider.load(str(checkpoint), DTYPES[precision], "cuda:0" if device == "cuda" else device)
-        model = provider.adapt(base)
-        shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments())
-        rows = []
-        for size_name, recompute, kept, graphs in CASES:
-            batch, length = map(int, size_name.split("x"))
-            kept = min(kept, shapes.layers)
-            optimize_model(base, recompute=recompute, kept_blocks=kept, graphs=graphs)
-            capability = find_gpu(None).capability
-            wanted = Run(batch, length, DTYPES[precision], recompute, kept, graphs, capability=capability)
-            arguments = training_arguments(precision, device) | {
-                "output_dir": work,
-                "per_device_train_batch_size": batch,
-                "max_steps": options.warmup + options.steps,
-            }
-            dataset = data.synthetic_dataset(batch * arguments["max_steps"], length, size.vocab)
-            trainer = provider.trainer(model, AutoTokenizer.from_pretrained(checkpoint), dataset, arguments)
-            rows.append({**common, "precision": precision, **_measured(trainer, device, options.warmup)})
-            rows[-1] |= _compared(rows[-1], shapes, wanted)
-            _write(stem, rows)
-            print(json.dumps({key: rows[-1][key] for key in _SHOWN if key in rows[-1]}), flush=True)
+        for embeddings, cases in ((False, CASES), (True, CASES_WITH_EMBEDDINGS)):
+            for row in _rows(cases, embeddings, checkpoint, device, work, options):
+                rows.append({**common, **row})
+                _write(stem, rows)
+                print(json.dumps({key: row[key] for key in _SHOWN if key in row}), flush=True)
     return stem
+
+
+def _rows(
+    cases: Sequence[tuple[str, str, int, bool]],
+    embeddings: bool,
+    checkpoint: Path,
+    device: str,
+    work: str,
+    options: argparse.Namespace,
+) -> Iterator[report.Row]:
+    """The cases on one model, whose embedding and output layer are in 4 bits or not."""
+    provider = PROVIDERS["qlora"]
+    precision = "fp32" if device == "cpu" else options.precision
+    dtype = DTYPES[precision]
+    base = load_pretrained_4bit(checkpoint, dtype=dtype, device=device, quantize_embeddings=embeddings)
+    model = provider.adapt(optimize_model(base))
+    shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments(lora_target_modules=lora_targets(base)))
+    for size_name, recompute, kept, graphs in cases:
+        batch, length = map(int, size_name.split("x"))
+        kept = min(kept, shapes.layers)
+        optimize_model(base, recompute=recompute, kept_blocks=kept, graphs=graphs)
+        capability = find_gpu(None).capability
+        wanted = Run(
+            batch, length, dtype, recompute, kept, graphs, quantize_embeddings=embeddings, capability=capability
+        )
+        arguments = training_arguments(precision, device) | {
+            "output_dir": work,
+            "per_device_train_batch_size": batch,
+            "max_steps": options.warmup + options.steps,
+        }
+        dataset = data.synthetic_dataset(batch * arguments["max_steps"], length, shapes.vocabulary)
+        trainer = provider.trainer(model, AutoTokenizer.from_pretrained(checkpoint), dataset, arguments)
+        row = {"precision": precision, **_measured(trainer, device, options.warmup)}
+        yield row | _compared(row, shapes, wanted)
 
 
 def _measured(trainer: Any, device: str, warmup: int) -> report.Row:
@@ -120,6 +140,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
         "recompute": run.recompute,
         "kept_blocks": run.kept_blocks,
         "graphs": run.by_graphs,
+        "quantize_embeddings": run.quantize_embeddings,
         "predicted_allocated_gib": predicted.allocated / 2**30,
         "predicted_parts_gib": {part: getattr(predicted, part) / 2**30 for part in PARTS},
     }
@@ -133,8 +154,9 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
 
 
 _SHOWN = (
-    *("batch", "length", "recompute", "kept_blocks", "graphs", "gpu_peak_allocated_gib", "predicted_allocated_gib"),
-    *("memory_error", "gpu_peak_reserved_gib", "step_s", "predicted_step_s"),
+    *("batch", "length", "recompute", "kept_blocks", "graphs", "quantize_embeddings"),
+    *("gpu_peak_allocated_gib", "predicted_allocated_gib", "memory_error", "gpu_peak_reserved_gib"),
+    *("step_s", "predicted_step_s"),
 )
 
 

@@ -52,13 +52,20 @@ class Provider:
     generation: dict[str, Any] = field(default_factory=dict)
 
 
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """The layers with adapters: the tutorial's for Bloom; for Llama every linear layer, as in the QLoRA paper."""
+    if model.config.model_type == "bloom":
+        return ["query_key_value"]
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 def lora_config(model: PreTrainedModel) -> LoraConfig:
-    """The tutorial's adapters for Bloom; for Llama on every linear layer, as the QLoRA paper has them."""
+    """The tutorial's adapters, on `lora_targets`."""
     return LoraConfig(
         r=16,
         lora_alpha=16,
         lora_dropout=0.05,
-        target_modules=["query_key_value"] if model.config.model_type == "bloom" else "all-linear",
+        target_modules=lora_targets(model),
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -24,7 +24,9 @@ def test_every_way_is_measured_beside_its_prediction(prompts_csv, tmp_path):
     assert plan_check.main([*TINY, *flags]) == 0
     rows = [json.loads(line) for line in only(tmp_path, ".jsonl").splitlines()]
     found = [(f"{row['batch']}x{row['length']}", row["recompute"], row["kept_blocks"]) for row in rows]
-    assert found == [(size, recompute, min(kept, 2)) for size, recompute, kept, _ in plan_check.CASES]
+    cases = plan_check.CASES + plan_check.CASES_WITH_EMBEDDINGS
+    assert found == [(size, recompute, min(kept, 2)) for size, recompute, kept, _ in cases]
+    assert [row["quantize_embeddings"] for row in rows] == [number >= len(plan_check.CASES) for number in range(13)]
     assert all(row["step_s"] > 0 and row["predicted_allocated_gib"] > 0 and row["commit"] == "abc" for row in rows)
     assert only(tmp_path, ".md").count("\n| ") == len(rows) + 2
 
