@@ -101,7 +101,9 @@ def _rows(
     dtype = DTYPES[precision]
     base = load_pretrained_4bit(checkpoint, dtype=dtype, device=device, quantize_embeddings=embeddings)
     model = provider.adapt(optimize_model(base))
-    shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments(lora_target_modules=lora_targets(base)))
+    shapes = shapes_of(
+        meta_model(str(checkpoint)), LoraArguments(lora_target_modules=lora_targets(base.config.model_type))
+    )
     for size_name, recompute, kept, graphs in cases:
         batch, length = map(int, size_name.split("x"))
         kept = min(kept, shapes.layers)

@@ -52,9 +52,9 @@ class Provider:
     generation: dict[str, Any] = field(default_factory=dict)
 
 
-def lora_targets(model: PreTrainedModel) -> list[str]:
+def lora_targets(family: str) -> list[str]:
     """The layers with adapters: the tutorial's for Bloom; for Llama every linear layer, as in the QLoRA paper."""
-    if model.config.model_type == "bloom":
+    if family == "bloom":
         return ["query_key_value"]
     return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -65,7 +65,7 @@ def lora_config(model: PreTrainedModel) -> LoraConfig:
         r=16,
         lora_alpha=16,
         lora_dropout=0.05,
-        target_modules=lora_targets(model),
+        target_modules=lora_targets(model.config.model_type),
         bias="none",
         task_type="CAUSAL_LM",
     )

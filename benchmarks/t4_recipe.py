@@ -35,7 +35,7 @@ from .checkpoint import build_checkpoint
 from .command import add_model_flags, model_run, parser_of
 from .jobs import Case, Job
 from .processes import run_job
-from .providers import MAX_LENGTH
+from .providers import MAX_LENGTH, lora_targets
 
 T4 = GPUS["t4"]
 GPU_LIMIT_GIB = 14.0
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> tuple[Path, report.Row]:
         tokenizer.save_pretrained(checkpoint)
         prompts = Path(work) / "prompts.json"
         prompts.write_text(json.dumps(texts[: options.prompts]), encoding="utf-8")
-        predicted = prediction(checkpoint, tokenizer, texts[: options.prompts])
+        predicted = prediction(checkpoint, size.family, tokenizer, texts[: options.prompts])
         job = _job(options, device, checkpoint, Path(work), prompts)
         outcome = run_job(job, limit_s=LIMIT_S)
     row = report.rows_of(job, outcome, common | predicted)[-1]
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> tuple[Path, report.Row]:
     return stem, row
 
 
-def prediction(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> report.Row:
+def prediction(checkpoint: Path, family: str, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> report.Row:
     """What `qlora plan` says of the recipe, before it runs: the peak for the longest batch, a T4's time for a mean one.
 
     A batch is as long as its longest text; batches are drawn anew each epoch, so the longest text meets the longest.
@@ -93,7 +93,7 @@ def prediction(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, texts: list
     lengths = sorted(min(len(row["input_ids"]), MAX_LENGTH) for row in data.prompt_dataset(tokenizer, texts))
     policy = choose_precision(capability=T4.capability)
     longest = Run(BATCH, lengths[-1], policy.dtype, graphs=False, capability=_capability())  # a T4 has none
-    shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments())
+    shapes = shapes_of(meta_model(str(checkpoint)), LoraArguments(lora_target_modules=lora_targets(family)))
     peak = plan(shapes, longest)
     mean = replace(longest, length=sum(lengths[BATCH - 1 :: BATCH]) // len(lengths[BATCH - 1 :: BATCH]))
     time = step_time(shapes, mean, T4)
