@@ -24,14 +24,12 @@ from ..tensor_files import TensorReader
 from .peft import LoraLinear4bit
 
 _METHOD = re.compile(r"(loftq|pissa|qera)(?:_niter_(\d+))?")
-# QERA divides by the root mean square of each input, which for some is 0: at least this share of their mean.
-_LEAST = 1e-3
 
 
 @dataclass
 class InitReport:
     """What the initialization did to the distance from the float weights, relative to them (Frobenius norms; for "qera"
-    each column times its input's root mean square, which makes it the distance of the outputs).
+    the distance of the layers' outputs on the inputs instead).
 
     Attributes:
         before: of the 4-bit base alone.
@@ -61,12 +59,12 @@ def initialize_from_float(
         checkpoint: folder or hub id of the float model that the base was quantized from.
         method: "loftq": the adapter becomes the best approximation, of its rank, of the quantization error; the base
             stays as it is.  "qera": of the error of the layer's output on `inputs`, which a language model feels far
-            more (Zhang et al., 2024, "QERA", the approximation by a diagonal).  "pissa": the adapter becomes the
-            principal part of the weight and the base the rest, quantized; save the base too
+            more (Zhang et al., 2024, "QERA"); what goes into each layer is kept in host memory meanwhile.  "pissa": the
+            adapter becomes the principal part of the weight and the base the rest, quantized; save the base too
             (`model.unload().save_pretrained(folder)`), for the adapter belongs to it.
             With "_niter_N" (4 is usual) a fast approximation of the singular value decomposition.
-        inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T], "attention_mask": ...}; some dozens
-            of the texts to train on, without padding.
+        inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T]}, without padding; the texts to
+            train on, some thousands of tokens.
         adapter_name: which adapter.
         revision: of the checkpoint, on the hub.
 
@@ -99,7 +97,7 @@ def initialize_from_float(
             got="none",
             remedy="Load the base in 4 bits and call get_peft_model first.",
         )
-    sizes = _input_sizes(model, layers, inputs) if kind == "qera" else {}
+    seen = _inputs_of(model, layers, inputs) if kind == "qera" else {}
     reader = TensorReader(checkpoint, revision)
     squares = torch.zeros(3, dtype=torch.float64)
     for name, layer in layers.items():
@@ -114,20 +112,23 @@ def initialize_from_float(
                 remedy="Give the float model that the base was quantized from.",
             )
         weight = weight.to(layer.weight.device, torch.float32)
-        squares += _initialize(layer, weight, kind, iterations, adapter_name, sizes.get(name))
+        squares += _initialize(layer, weight, kind, iterations, adapter_name, seen.pop(name, None))
     before, after, whole = squares.tolist()
     return InitReport(math.sqrt(before / whole), math.sqrt(after / whole), len(layers))
 
 
-def _input_sizes(
+def _inputs_of(
     model: PeftModel, layers: Mapping[str, Any], inputs: Iterable[Mapping[str, torch.Tensor]] | None
 ) -> dict[str, torch.Tensor]:
-    """The root mean square of each input of each layer, float32 [in_features], over their mean."""
-    squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
-    rows = 0
+    """Of what goes into each layer, rows x [n, in_features] on the CPU with its x^T x, n at most twice in_features."""
+    seen: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        squares[name] += x.float().square().reshape(-1, x.shape[-1]).sum(dim=0)
+        x = x.flatten(0, -2)
+        rows = torch.cat([seen[name].to(x.device), x]) if name in seen else x
+        if len(rows) > 2 * rows.shape[1]:
+            rows = torch.linalg.qr(rows.float(), mode="r").R
+        seen[name] = rows.cpu()
 
     was_training = model.training
     model.eval()
@@ -136,34 +137,34 @@ def _input_sizes(
             hook = layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments[0]))
             hooks.callback(hook.remove)
         for batch in inputs or ():
-            ids = batch["input_ids"]
             model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False)
-            rows += ids.numel()
     model.train(was_training)
-    if rows == 0:
+    if len(seen) < len(layers):
         raise UserError(
             "inputs",
-            expected="batches to measure the layers' inputs on, for 'qera'",
+            expected="batches that go through every adapted layer, for 'qera'",
             got="none",
             remedy="Pass inputs=[tokenizer(text, return_tensors='pt') for text in texts].",
         )
-    roots = {name: square.sqrt() for name, square in squares.items()}
-    return {name: (root / root.mean()).clamp_min(_LEAST) for name, root in roots.items()}
+    return seen
 
 
 def _initialize(
-    layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str, sizes: torch.Tensor | None
+    layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str, inputs: torch.Tensor | None
 ) -> torch.Tensor:
-    """One layer; its squared errors before and after, and the weight's square.
+    """One layer; its squared errors before and after, and the square of what they are of.
 
     Args:
-        sizes: of the inputs [in_features], by which columns are weighted; None: all alike.
+        inputs: [n, in_features]: the errors are those of the outputs for these; None: of the weights.
     """
-    sizes = torch.ones((), device=weight.device) if sizes is None else sizes
+    x = None if inputs is None else inputs.to(weight.device, torch.float32)
     error = weight - layer.base_layer.dequantize(torch.float32)
     scaling, rank = layer.scaling[adapter], layer.r[adapter]
-    B, A = _factors(weight if kind == "pissa" else error * sizes, rank, iterations)
-    for factor, parameter in ((A / sizes, layer.lora_A[adapter].weight), (B, layer.lora_B[adapter].weight)):
+    if x is None:
+        B, A = _factors(weight if kind == "pissa" else error, rank, iterations)
+    else:
+        B, A = _factors_for(error, x, rank, iterations)
+    for factor, parameter in ((A, layer.lora_A[adapter].weight), (B, layer.lora_B[adapter].weight)):
         parameter.data = (factor / math.sqrt(scaling)).to(parameter.dtype).contiguous()
     adapted = layer.get_delta_weight(adapter).float()
     if kind == "pissa":
@@ -171,7 +172,22 @@ def _initialize(
     if adapter in layer.lora_magnitude_vector:  # DoRA: the length of each row, adapter included
         _reset_magnitude(layer, adapter)
     rest = weight - layer.base_layer.dequantize(torch.float32) - adapted
-    return torch.stack([(part * sizes).double().square().sum().cpu() for part in (error, rest, weight)])
+    parts = [part if x is None else x @ part.t() for part in (error, rest, weight)]
+    return torch.stack([part.double().square().sum().cpu() for part in parts])
+
+
+def _factors_for(
+    matrix: torch.Tensor, x: torch.Tensor, rank: int, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [N, rank] and A [rank, K] for which x A^T B^T is the best approximation of x matrix^T, x [n, K].
+
+    With the first left singular vectors U of matrix x^T it is x matrix^T U U^T.  A and B are made equally large.
+    """
+    U, _ = _factors(matrix @ x.t(), rank, iterations)
+    U = U / U.norm(dim=0).clamp_min(torch.finfo(U.dtype).tiny)
+    A = U.t() @ matrix
+    root = A.norm(dim=1).sqrt()
+    return U * root, A / root.clamp_min(torch.finfo(A.dtype).tiny)[:, None]
 
 
 def _factors(matrix: torch.Tensor, rank: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
