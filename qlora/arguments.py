@@ -58,6 +58,12 @@ class LoraArguments:
         default_factory=lambda: ["query_key_value"],
         metadata={"help": "Names of the linear layers that get an adapter, or 'all-linear'."},
     )
+    lora_init: str = option(
+        "zero",
+        "What the adapter adds at first: nothing; or of its rank the best part of what quantization took from the "
+        "weights (loftq), or from the layers' outputs on the texts to train on (qera). Both read a float checkpoint.",
+        choices=["zero", "loftq", "qera"],
+    )
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     use_dora: bool = option(False, "DoRA: train the magnitude of each output apart from its direction.")
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,17 @@ from .callbacks import MetricsWriter, OverflowReport, ProgressBar, peak_memory_g
 from .checkpoint import atomic_file, atomic_folder, check_writable, writing
 from .config import Parser, parse, resolved
 from .data import TEXT, load_texts, no_data_bars
-from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base
+from .generate import ADAPTER_FOLDER, continue_prompts, device_of, load_base, load_tokenizer
+from .integrations.peft_init import initialize_from_float
 from .loading import prepare_model_for_training
 from .memory import Run, plan
 from .optimize import can_optimize, optimize_model
 from .report import RunResult, model_sizes, save_loss_plot, save_report
 from .shapes import adapted_layers, meta_model, shapes_of
 from .units import GIB, MIB
+
+# What "--lora_init qera" looks at, of the texts to train on.
+TEXTS_FOR_START, START_LENGTH = 128, 512
 
 Arguments = tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]
 
@@ -130,7 +134,7 @@ def train(arguments: Arguments) -> RunResult:
             trainable=trainable,
             parameters=parameters,
         )
-        _run(trainer, result, data, checkpoint)
+        _run(trainer, result, data, checkpoint, lambda: _start_adapter(tuned, model_arguments, lora, texts[TEXT]))
         _save(trainer, result, folder)
     return result
 
@@ -151,8 +155,10 @@ def _making_trainer() -> Iterator[None]:
         ) from error
 
 
-def _run(trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: str | None) -> None:
-    """Measure, train, measure again; the figures go into `result`."""
+def _run(
+    trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: str | None, begin: Callable[[], None]
+) -> None:
+    """Measure, start the adapter, train, measure again; the figures go into `result`."""
     share = result.trainable / result.parameters
     print(f"adapter: {result.trainable:,} of {result.parameters:,} parameters to train ({share:.4%})")
     trainer.remove_callback(ProgressCallback)
@@ -163,6 +169,8 @@ def _run(trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: s
     before_loss = _held_out_loss(trainer)
     start = [] if before_loss is None else [{"step": 0, "eval_loss": before_loss}]
     before = _samples(trainer, generation)
+    if checkpoint is None:
+        begin()
     trainer.add_callback(MetricsWriter(Path(str(trainer.args.output_dir)) / "metrics.jsonl", start))
     trainer.add_callback(OverflowReport())
     if not trainer.args.disable_tqdm:
@@ -191,6 +199,20 @@ def _run(trainer: Trainer, result: RunResult, data: DataArguments, checkpoint: s
         print(f"loss on held-out texts: {before_loss:.3f} -> {after_loss:.3f}")
     after = _samples(trainer, generation)
     result.samples = list(zip(data.sample_prompts, before, after, strict=True)) if before else []
+
+
+def _start_adapter(model: Any, base: ModelArguments, lora: LoraArguments, texts: Sequence[str]) -> None:
+    """Have the adapter begin as `--lora_init` says."""
+    if lora.lora_init == "zero":
+        return
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
+    chosen = texts[:TEXTS_FOR_START] if lora.lora_init == "qera" else []
+    inputs = (tokenizer(text, return_tensors="pt", truncation=True, max_length=START_LENGTH) for text in chosen)
+    report = initialize_from_float(
+        model, base.model_name_or_path, f"{lora.lora_init}_niter_4", inputs=inputs, revision=base.model_revision
+    )
+    what = "layers' outputs" if lora.lora_init == "qera" else "weights"
+    print(f"quantization error of the {what}: {report.before:.2%}, with the adapter's start {report.after:.2%}")
 
 
 def _held_out_loss(trainer: Trainer) -> float | None:

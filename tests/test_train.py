@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,30 @@ def test_tokens_are_counted_without_padding(run, model):
     expected = 2 * sum(min(24, len(tokenizer(text)["input_ids"]) + 1) for text in prompts()[:16])
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert max(entry.get("num_tokens", 0) for entry in last) == expected
+
+
+@pytest.mark.parametrize("init", ["loftq", "qera"])
+def test_an_adapter_can_begin_with_the_quantization_error(run, model, tmp_path, capsys, init):
+    flags = ["--lora_init", init, "--max_steps", "1", "--learning_rate", "1e-9"]
+    assert main([*train_flags(model, tmp_path / init), *flags]) == 0
+    error = re.search(
+        r"quantization error of the .*: ([\d.]+)%, with the adapter's start ([\d.]+)%", capsys.readouterr().out
+    )
+    assert float(error[2]) < float(error[1])
+    factors = load_file(tmp_path / init / "adapter" / "adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for key, value in factors.items() if "lora_B" in key)
+    assert f"lora_init: {init}" in (tmp_path / init / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_embeddings_in_4_bits(tmp_path):
+    """The whole way: the tied embedding is packed, the loss falls, and `generate` finds the adapter's base again."""
+    base = save_model("llama", tmp_path / "model", hidden_size=64, tie_word_embeddings=True)
+    flags = [*train_flags(base, tmp_path / "run"), "--quantize_embeddings", "true"]
+    assert main(flags) == 0
+    found = losses(tmp_path / "run")
+    assert found[8] < found[1] - 0.1
+    words = ["generate", "--adapter_path", str(tmp_path / "run"), "--quantize_embeddings", "true", "--use_cpu"]
+    assert main([*words, "--prompt", "I want", "--max_new_tokens", "3"]) == 0
 
 
 def test_the_configuration_file_repeats_the_run(run, tmp_path):
