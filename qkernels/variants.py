@@ -22,14 +22,17 @@ from .kernels._wgmma import sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
+from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
 from .kernels.matmul_wgmma import SUM_CONFIG, X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
+from .tuning.lora import DownConfig, TileConfig, down_config, grads_config, inner_parts, up_config
 from .tuning.skinny import SkinnyConfig, skinny_config
 from .tuning.wgmma import WgmmaConfig, tiling
 
+_NO_DROPOUT: dict[str, Any] = {"DROPOUT": False, "THRESHOLD": 0, "KEPT_SCALE": 1.0, "seed_ptr": None}
 _DTYPES = ("fp32", "fp16", "bf16")
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
 
@@ -50,7 +53,7 @@ class Variant:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    config: LaunchConfig | SkinnyConfig | WgmmaConfig
+    config: LaunchConfig | SkinnyConfig | WgmmaConfig | DownConfig | TileConfig
 
 
 def variants(arch: str = "sm_75") -> Iterator[Variant]:
@@ -58,6 +61,8 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
     yield from _matmul_skinny(int(arch.removeprefix("sm_")))
     if arch == "sm_90":
         yield from _matmul_wgmma()
+    if arch != "sm_75":  # `tl.dot` has no tensor cores there
+        yield from _lora()
     yield from _dropout()
     yield from _partial_sums()
     for blocksize in BLOCKSIZES:
@@ -160,6 +165,67 @@ def _blockwise(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Va
     )
 
 
+def _lora() -> Iterator[Variant]:
+    """Few and many rows (u in parts and in one), float32 and 16-bit factors, with dropout and without."""
+    threshold, kept_scale = threshold_and_scale(0.05)
+    for M, dtype, factors, rank in ((128, "fp16", "fp32", 16), (2048, "bf16", "bf16", 64), (2048, "fp16", "fp32", 16)):
+        parts = inner_parts(M, 4096)
+        inner = "*fp32" if parts > 1 else f"*{dtype}"
+        for dropout in (False, True):
+            tag = f"M={M} {dtype} factors {factors} rank={rank}{' dropout' if dropout else ''}"
+            seed: dict[str, str] = {"seed_ptr": "*i64"} if dropout else {}
+            mask = {"DROPOUT": dropout, "THRESHOLD": threshold, "KEPT_SCALE": kept_scale} if dropout else _NO_DROPOUT
+            sizes = dict.fromkeys(("M", "C", "r"), "i32:16")
+            for tall in (False, True):
+                w = {"w_ptr": f"*{factors}", **seed}
+                factor = {"TALL": tall, "RANK": rank, **mask}
+                down, up = down_config(M, 4096, dropout), up_config(M)
+                yield Variant(
+                    f"lora_down {'B' if tall else 'A'} {tag}",
+                    _lora_down_kernel,
+                    {"x_ptr": f"*{dtype}", **w, "out_ptr": "*fp32", **sizes, "part_steps": "i32"},
+                    {"SCALING": 2.0, "ROWS": down.rows, "COLUMNS": down.columns, **factor},
+                    down,
+                )
+                yield Variant(
+                    f"lora_up {'B' if tall else 'A'} {tag}",
+                    _lora_up_kernel,
+                    {"inner_ptr": inner, **w, "out_ptr": f"*{dtype}", **sizes}
+                    | ({"bias_ptr": f"*{dtype}"} if tall else {}),
+                    {"PARTS": parts, "ROWS": up.rows, "COLUMNS": up.columns, **factor}
+                    | {"HAS_BIAS": tall, "ACCUMULATE": M == 128}
+                    | ({} if tall else {"bias_ptr": None}),
+                    up,
+                )
+            grads = grads_config(M, dropout)
+            pointers = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "u_ptr": inner, "v_ptr": inner, **seed}
+            yield Variant(
+                f"lora_grads {tag}",
+                _lora_grads_kernel,
+                pointers
+                | {"grad_A_ptr": f"*{factors}", "grad_B_ptr": f"*{factors}"}
+                | dict.fromkeys(("M", "N", "K", "r"), "i32:16")
+                | {"tiles_B": "i32"},
+                {
+                    "RANK": rank,
+                    "PARTS_U": parts,
+                    "PARTS_V": parts,
+                    "ROWS": grads.rows,
+                    "COLUMNS": grads.columns,
+                    **mask,
+                },
+                grads,
+            )
+    config = down_config(2048, 4096, False)
+    yield Variant(
+        "lora_sum",
+        _lora_sum_kernel,
+        {"parts_ptr": "*fp32", "out_ptr": "*fp16", "M": "i32:16"},
+        {"RANK": 16, "PARTS": config.parts, "ROWS": 64},
+        config,
+    )
+
+
 # (N, K): query_key_value and dense_4h_to_h of Bloom-7B1, down_proj of Llama-2-7B, and a K that ends in half a chunk.
 _SKINNY_SHAPES = ((12288, 4096), (4096, 16384), (4096, 11008), (1000, 4160))
 
@@ -209,6 +275,8 @@ def _matmul_wgmma() -> Iterator[Variant]:
             for split in (False, True):
                 yield wgmma_variant(columns, "fp16", split, backward)
             yield wgmma_variant(columns, "bf16", False, backward, nested=False, has_bias=not backward, n="i32")
+            yield wgmma_variant(columns, "fp16", True, backward, rank=16)
+            yield wgmma_variant(columns, "bf16", False, backward, rank=64)
     for has_bias in (False, True):
         config = tiling(64, 4096, 4096, 64, 4, 0)
         yield Variant(
@@ -231,21 +299,23 @@ def wgmma_variant(
     nested: bool = True,
     has_bias: bool = False,
     n: str = "i32:16",
+    rank: int = 0,
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 2, 0 if split else 32)
     pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32"}
-    sizes = {"M": "i32", "N": n, "K": "i32:16", "whole_tiles": "i32", "parts": "i32", "part_steps": "i32"}
-    optional = ((scales, nested), (bias, has_bias), (parts, split))
+    adapter = {"w_ptr": "*fp32", "inner_ptr": "*fp32"}
+    sizes = {"M": "i32", "N": n, "K": "i32:16", "whole_tiles": "i32", "parts": "i32", "part_steps": "i32", "r": "i32"}
+    optional = ((scales, nested), (bias, has_bias), (parts, split), (adapter, rank > 0))
     present = {name: kind for group, given in optional if given for name, kind in group.items()}
     absent = {name: None for group, given in optional if not given for name in group}
     return Variant(
         f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
-        f"{' bias' if has_bias else ''}{' split' if split else ''}",
+        f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}",
         _matmul_wgmma_kernel,
         {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
-        wgmma_constants(config, 64, nested, has_bias, split, backward) | absent,
+        wgmma_constants(config, 64, nested, has_bias, split, backward, (8 if rank else 0, rank)) | absent,
         config,
     )

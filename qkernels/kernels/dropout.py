@@ -28,15 +28,21 @@ def _mix(h):
 
 
 @triton.jit
-def _dropout_kernel(x_ptr, seed_ptr, out_ptr, n, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+def dropped(x, offs, seed_ptr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
+    """x in float32 times SCALE where the element with that number, modulo 2^32, is kept, else 0."""
     seed = tl.load(seed_ptr)
     low = _mix(seed.to(tl.uint32))
     high = _mix((seed >> 32).to(tl.uint32) ^ low)
+    bits = _mix(_mix(offs.to(tl.uint32) * _GOLDEN + low) ^ high)
+    return tl.where((bits >> 8) >= THRESHOLD, x.to(tl.float32) * SCALE, 0.0)
+
+
+@triton.jit
+def _dropout_kernel(x_ptr, seed_ptr, out_ptr, n, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
-    bits = _mix(_mix(offs.to(tl.uint32) * _GOLDEN + low) ^ high)
-    x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
-    kept = tl.where((bits >> 8) >= THRESHOLD, x * SCALE, 0.0)
+    x = tl.load(x_ptr + offs, mask=mask)
+    kept = dropped(x, offs, seed_ptr, THRESHOLD, SCALE)
     tl.store(out_ptr + offs, kept.to(out_ptr.dtype.element_ty), mask=mask)
 
 

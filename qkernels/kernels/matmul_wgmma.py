@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..format import NESTED_BLOCKSIZE, byte_table
 from ..tuning import LaunchConfig
 from ..tuning.wgmma import WgmmaConfig
+from ._adapter import add_adapter, inner_memory, store_inner
 from ._launch import Launcher
 from ._wgmma import (
     TAKE_TURNS,
@@ -79,7 +80,7 @@ def _store_part(acc, parts_ptr, part, layout: gl.constexpr):
     gl.store(start + column * acc.shape[0] + row, gl.convert_layout(acc, layout))
 
 
-@gluon.jit(do_not_specialize=["M", "whole_tiles", "parts", "part_steps"])
+@gluon.jit(do_not_specialize=["M", "whole_tiles", "parts", "part_steps", "r"])
 def _matmul_wgmma_kernel(
     x_desc,
     packed_ptr,
@@ -91,12 +92,15 @@ def _matmul_wgmma_kernel(
     bias_ptr,
     out_ptr,
     parts_ptr,
+    w_ptr,
+    inner_ptr,
     M,
     N,
     K,
     whole_tiles,
     parts,
     part_steps,
+    r,
     BACKWARD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NESTED: gl.constexpr,
@@ -106,6 +110,8 @@ def _matmul_wgmma_kernel(
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
+    RANK: gl.constexpr,
+    INNER_PARTS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_desc.dtype
     WARPS: gl.constexpr = ROWS // 16
@@ -218,9 +224,16 @@ def _matmul_wgmma_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     reading: gl.constexpr = reading_layout(ROWS, BACKWARD)
-    acc = warpgroup_mma_init(gl.zeros((ROWS, COLUMNS), gl.float32, mma))
+    acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
     held = gl.zeros((ROWS, 64), DTYPE, operand)
+    if RANK:
+        # Stages of x that nothing is loaded into yet have room for an adapter's part.
+        inner = inner_memory(xs[STAGES - 1], RANK)
+        store_inner(inner_ptr, inner, column0, first, M, INNER_PARTS, WARPS)
     block_barrier()
+    if RANK:
+        acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
+    acc = warpgroup_mma_init(acc)
     if TAKE_TURNS:
         half_a_turn(1)
     for turn in range(turns):
@@ -301,7 +314,13 @@ _SUM_COLUMNS = 16
 
 
 def wgmma_constants(
-    config: WgmmaConfig, blocksize: int, nested: bool, has_bias: bool, split: bool, backward: bool
+    config: WgmmaConfig,
+    blocksize: int,
+    nested: bool,
+    has_bias: bool,
+    split: bool,
+    backward: bool,
+    inner_shape: tuple[int, int] = (0, 0),
 ) -> dict[str, object]:
     """The kernel's compile-time arguments, in its order."""
     return {
@@ -314,6 +333,8 @@ def wgmma_constants(
         "COLUMNS": config.columns,
         "STAGES": config.stages,
         "SPLIT": split,
+        "RANK": inner_shape[1],
+        "INNER_PARTS": inner_shape[0],
     }
 
 
@@ -343,6 +364,7 @@ def matmul_wgmma_triton(
     absmax_offset: torch.Tensor | None = None,
     *,
     backward: bool = False,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Launch x W^T (backward: x W) into `out`.
 
@@ -355,8 +377,14 @@ def matmul_wgmma_triton(
         bias: [N], contiguous, of any dtype, or None; None in the backward product.
         out: [M, N] (backward: [M, K]), contiguous, of x's dtype.
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.
+        adapter: (B [N, r], u) for x W^T + u B^T, backward (A [r, K], v) for x W + v A; u and v as `lora_down_triton`
+            gives them, of a rank up to 64.
     """
     (N, K), (M, R) = shape, out.shape
+    w, inner, r, inner_shape = None, None, 0, (0, 0)
+    if adapter is not None:
+        w, inner = adapter
+        r, inner_shape = w.shape[0 if backward else 1], (inner.shape[0], inner.shape[2])
     has_bias, nested = bias is not None, absmax_8bit is not None
     tiles_of_columns = -(-M // config.columns)
     split_tiles = tiles_of_columns * -(-R // config.rows) - config.whole_tiles
@@ -366,9 +394,21 @@ def matmul_wgmma_triton(
         parts = torch.empty(size, dtype=torch.float32, device=x.device)
     _launch(
         (config.whole_tiles + split_tiles * config.parts, 1, 1),
-        (packed, absmax, absmax_8bit, absmax_code, absmax_offset, byte_table(quant_type, x.device), bias, out, parts),
-        (M, N, K, config.whole_tiles, config.parts, config.part_steps),
-        tuple(wgmma_constants(config, blocksize, nested, has_bias, parts is not None, backward).values()),
+        (
+            packed,
+            absmax,
+            absmax_8bit,
+            absmax_code,
+            absmax_offset,
+            byte_table(quant_type, x.device),
+            bias,
+            out,
+            parts,
+            w,
+            inner,
+        ),
+        (M, N, K, config.whole_tiles, config.parts, config.part_steps, r),
+        tuple(wgmma_constants(config, blocksize, nested, has_bias, parts is not None, backward, inner_shape).values()),
         config,
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),
     )
