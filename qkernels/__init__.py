@@ -31,6 +31,7 @@ from .functional import (
     quantize_nf4,
     seeded_dropout,
 )
+from .joined import matmul_4bit_lora
 from .quant_state import QuantState
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "get_4bit_type",
     "matmul_4bit",
     "matmul_4bit_dx",
+    "matmul_4bit_lora",
     "packed_length",
     "quantize_4bit",
     "quantize_blockwise",

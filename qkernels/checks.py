@@ -230,5 +230,35 @@ def check_activations(
             )
 
 
+def check_adapter(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, shape: torch.Size | tuple[int, ...], A: torch.Tensor
+) -> None:
+    """lora_A[r, K] and lora_B[N, r] beside a weight of `shape` (N, K), on A's device."""
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_floating(name, factor)
+        check_same_device(name, factor, "A", A)
+    N, K = shape
+    sizes = tuple(lora_A.shape), tuple(lora_B.shape)
+    if sizes != ((lora_A.shape[0], K), (N, lora_A.shape[0])):
+        raise UserError(
+            "lora_A, lora_B",
+            expected=f"shapes (r, {K}) and ({N}, r)",
+            got=f"{sizes[0]} and {sizes[1]}",
+            remedy="lora_A is the factor next to the input, lora_B the one next to the output.",
+        )
+
+
+def check_dropout(name: str, x: torch.Tensor, p: float, seed: torch.Tensor) -> None:
+    """A probability and int64[1] on x's device."""
+    check_same_device("seed", seed, name, x)
+    if not 0.0 <= p <= 1.0 or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise UserError(
+            "p, seed",
+            expected="a probability from 0 to 1, and one int64",
+            got=f"{p}, {seed.dtype}{list(seed.shape)}",
+            remedy="Make a seed by torch.randint(2**63 - 1, (1,), device=x.device).",
+        )
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)

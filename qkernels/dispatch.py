@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .format import FLOAT_DTYPES
+from .tuning.lora import inner_parts, padded_rank
 from .tuning.skinny import skinny_config, skinny_limit
 from .tuning.wgmma import wgmma_limit
 
@@ -22,6 +23,12 @@ SKINNY = "fused skinny"
 WGMMA = "fused wgmma"
 DEQUANTIZE = "dequantize + cuBLAS"
 REFERENCE = "dequantize + torch's CPU product"
+
+ADAPTER_JOINED = "in the product's kernel"
+ADAPTER_BESIDE = "kernels beside the product"
+ADAPTER_APART = "torch's products"
+
+_HIGHEST_RANK = 64  # of an adapter that the kernels take
 
 Capability = tuple[int, int]
 # B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset: as the operators take them.
@@ -128,6 +135,45 @@ def choose(product: Product) -> Choice:
             return Choice(implementation, "; ".join([*refusals, why]))
         refusals.append(f"not {implementation}: {reason}")
     return Choice(DEQUANTIZE, "; ".join(refusals) or "nothing else is there")
+
+
+def _refuse_adapter_kernels(M: int, dtype: torch.dtype, sm: int, r: int) -> str | None:
+    if sm < 80:
+        return f"tl.dot has no tensor cores on sm_{sm}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it is not for {dtype}".replace("torch.", "")
+    if not 1 <= r <= _HIGHEST_RANK:
+        return f"r={r} is not in 1 to {_HIGHEST_RANK}"
+    if M == 0:
+        return "there are no rows"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def choose_adapter(product: Product, r: int, dropout: bool) -> Choice:
+    """Where the update of an adapter of rank r is added to this product on a GPU."""
+    reason = _refuse_adapter_kernels(product.M, product.dtype, product.sm, r)
+    if reason is not None:
+        return Choice(ADAPTER_APART, f"not {ADAPTER_BESIDE}: {reason}")
+    implementation = choose(product).implementation
+    if implementation != WGMMA:
+        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: {implementation} takes none")
+    if product.backward and dropout:
+        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: the mask multiplies the adapter's part of dx alone")
+    return Choice(ADAPTER_JOINED, f"{implementation} takes it")
+
+
+def inner_form(
+    M: int, K: int, dtype: torch.dtype, r: int, capability: Capability | None
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what the forward pass of an adapter keeps of the inner product; None is the CPU.
+
+    M may be a symbol of torch.compile.
+    """
+    if capability is None or _refuse_adapter_kernels(M, dtype, 10 * capability[0] + capability[1], r) is not None:
+        return (M, r), dtype
+    parts = inner_parts(M, K)
+    return (parts, M, padded_rank(r)), torch.float32 if parts > 1 else dtype
 
 
 @lru_cache

@@ -341,8 +341,7 @@ def matmul_4bit_dx(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
     Raises:
         UserError: the shapes, dtypes or devices do not fit each other.
     """
-    known = _known(B, quant_state)
-    weight = _checked_weight(B, quant_state) if known is None else known.weight
+    weight = weight_of(B, quant_state)
     checks.check_activations("grad", grad, weight[0], weight[1], None, transposed=True)
     if in_eager_mode(grad):
         return autograd.matmul_dx(grad, weight)
@@ -387,14 +386,7 @@ def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
         UserError (a ValueError): a wrong dtype, probability, seed or device.
     """
     checks.check_floating("x", x)
-    checks.check_same_device("seed", seed, "x", x)
-    if not 0.0 <= p <= 1.0 or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise UserError(
-            "p, seed",
-            expected="a probability from 0 to 1, and one int64",
-            got=f"{p}, {seed.dtype}{list(seed.shape)}",
-            remedy="Make a seed by torch.randint(2**63 - 1, (1,), device=x.device).",
-        )
+    checks.check_dropout("x", x, p, seed)
     return operator("dropout", x)(x.detach().contiguous(), seed, *threshold_and_scale(p))
 
 
@@ -459,6 +451,12 @@ def _known(B: Tensor, quant_state: QuantState) -> _Known | None:
     weight = _checked_weight(B, quant_state)
     known = quant_state.checked = _Known(address, n, quant_state, weight)
     return known
+
+
+def weight_of(B: Tensor, quant_state: QuantState) -> Weight:
+    """A checked weight as the operators take it."""
+    known = _known(B, quant_state)
+    return _checked_weight(B, quant_state) if known is None else known.weight
 
 
 def _kind(A: Tensor, bias: Tensor | None) -> object:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter import Drop, adapter_gradients, add_adapter_
 from .dense import linear
-from .dispatch import Plan, Weight
+from .dispatch import Plan, Weight, capability_of, inner_form
 from .dropout import dropout_reference
 from .format import block_count, packed_length
 from .reference import (
@@ -31,6 +32,7 @@ from .reference import (
 
 _NESTED = "Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset"
 _WEIGHT = "Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
+_ADAPTER = "Tensor lora_A, Tensor lora_B, float scaling, Tensor? seed, int threshold, float kept_scale"
 _DEQUANTIZE = f"Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype, {_NESTED}"
 _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
 
@@ -49,6 +51,13 @@ SCHEMAS = {
     "gemm_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias, {_NESTED}) -> Tensor",
     # dA[..., K] = grad[..., N] W[N, K]
     "gemm_4bit_dx": f"(Tensor grad, {_WEIGHT}, {_NESTED}) -> Tensor",
+    # y = A W^T + bias + scaling (dropout(A) lora_A^T) lora_B^T, and what its gradient needs of the inner product
+    "lora_4bit": f"(Tensor A, {_WEIGHT}, Tensor? bias, {_ADAPTER}, {_NESTED}) -> (Tensor, Tensor)",
+    # gradients of A (empty where it is not needed), lora_A and lora_B
+    "lora_4bit_backward": (
+        f"(Tensor grad, Tensor A, Tensor inner, {_WEIGHT}, {_ADAPTER}, bool needs_dA, {_NESTED})"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
     # kept elements times scale; the mask is a function of the seed
     "dropout": "(Tensor x, Tensor seed, int threshold, float scale) -> Tensor",
 }
@@ -111,6 +120,51 @@ def _(A: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
 @torch.library.register_fake("qkernels::gemm_4bit_dx")
 def _(grad: Tensor, B: Tensor, shapeB: Sequence[int], *args: object) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shapeB[1]))
+
+
+@torch.library.register_fake("qkernels::lora_4bit")
+def _(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    *args: object,
+) -> tuple[Tensor, Tensor]:
+    (N, K), r = shapeB, lora_A.shape[0]
+    shape, dtype = inner_form(
+        A.numel() // max(1, K), K, A.dtype, r, capability_of(A.device.index) if A.is_cuda else None
+    )
+    return A.new_empty((*A.shape[:-1], N)), A.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qkernels::lora_4bit_backward")
+def _(
+    grad: Tensor,
+    A: Tensor,
+    inner: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    kept_scale: float,
+    needs_dA: bool,
+    *nested: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = A.shape if needs_dA else (0,)
+    return grad.new_empty(shape), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
 @torch.library.register_fake("qkernels::dropout")
@@ -210,9 +264,64 @@ def _(
     return grad @ W
 
 
+# An adapter's products follow.
+
+
+def _drop(seed: Tensor | None, threshold: int, kept_scale: float) -> Drop:
+    return (lambda x: x) if seed is None else (lambda x: dropout_reference(x, seed, threshold, kept_scale))
+
+
+@torch.library.impl("qkernels::lora_4bit", "CPU")
+def _(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    kept_scale: float,
+    *nested: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y = torch.ops.qkernels.gemm_4bit.default(A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
+    return y, add_adapter_(y, A, lora_A, lora_B, scaling, _drop(seed, threshold, kept_scale))
+
+
+@torch.library.impl("qkernels::lora_4bit_backward", "CPU")
+def _(
+    grad: Tensor,
+    A: Tensor,
+    inner: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    threshold: int,
+    kept_scale: float,
+    needs_dA: bool,
+    *nested: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    drop = _drop(seed, threshold, kept_scale)
+    dA, *factors = adapter_gradients(grad, A, inner, lora_A, lora_B, scaling, drop)
+    if needs_dA:
+        dA += torch.ops.qkernels.gemm_4bit_dx.default(grad, B, shapeB, absmax, blocksize, quant_type, *nested)
+    grad_A, grad_B = (factor.to(like.dtype) for factor, like in zip(factors, (lora_A, lora_B), strict=True))
+    return dA if needs_dA else grad.new_empty(0), grad_A, grad_B
+
+
 # Triton exists on Linux only; elsewhere the CPU operators above are all there is.
 if importlib.util.find_spec("triton") is not None:
-    from .ops_cuda import IMPLEMENTATIONS as _CUDA
+    from .adapter_cuda import IMPLEMENTATIONS as _CUDA
     from .ops_cuda import plan_gemm_4bit
 else:
     _CUDA = {}

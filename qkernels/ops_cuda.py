@@ -31,7 +31,7 @@ from .tuning.wgmma import wgmma_config
 _NOTHING = nullcontext()
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device the current one; free of cost where it is already."""
     if tensor.get_device() == torch._C._cuda_getDevice():
         return _NOTHING
@@ -42,7 +42,7 @@ def quantize_4bit(
     A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype, propagate_nan: bool
 ) -> tuple[Tensor, Tensor]:
     config = elementwise_config("quantize_4bit", blocksize)
-    with _on_device_of(A):
+    with on_device_of(A):
         return quantize_4bit_triton(A, blocksize, quant_type, quant_storage, propagate_nan, config)
 
 
@@ -56,7 +56,7 @@ def dequantize_4bit_out(
     *nested: Tensor | None,
     out: Tensor,
 ) -> None:
-    with _on_device_of(A):
+    with on_device_of(A):
         dequantize_4bit_triton(
             A, absmax, blocksize, quant_type, out, elementwise_config("dequantize_4bit", blocksize), *nested
         )
@@ -78,13 +78,13 @@ def dequantize_4bit(
 
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     config = elementwise_config("quantize_blockwise", blocksize)
-    with _on_device_of(A):
+    with on_device_of(A):
         return quantize_blockwise_triton(A, _aligned(code), blocksize, config)
 
 
 def quantize_scales(absmax: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     config = elementwise_config("quantize_blockwise", blocksize)
-    with _on_device_of(absmax):
+    with on_device_of(absmax):
         # The mean's bits are those of torch's, as bitsandbytes takes that.
         n, order = absmax.numel(), None
         if ORDER_IS_KNOWN and absmax.data_ptr() % 16 == 0:
@@ -111,7 +111,7 @@ def dequantize_blockwise_out(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, *, out: Tensor
 ) -> None:
     config = elementwise_config("dequantize_blockwise", blocksize)
-    with _on_device_of(A):
+    with on_device_of(A):
         dequantize_blockwise_triton(A, absmax, code, blocksize, out, config)
 
 
@@ -122,7 +122,7 @@ def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
-    with _on_device_of(x):
+    with on_device_of(x):
         return dropout_triton(x, seed, threshold, scale, DROPOUT_CONFIG)
 
 
@@ -131,7 +131,7 @@ def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
 # launch.
 
 
-def _product(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, backward: bool) -> Product:
+def product_of(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, backward: bool) -> Product:
     """What `dispatch.py` chooses by: x[M, K] W^T, or backward x[M, N] W."""
     N, K = shapeB
     M = x.numel() // max(1, N if backward else K)
@@ -142,7 +142,7 @@ def _product(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, backwa
 def plan_gemm_4bit(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan:
     """How this product is computed, and every other of the same sizes, dtypes and device with a weight of its kind."""
     B, shapeB, _, blocksize, quant_type, *nested = weight
-    product = _product(A, B, shapeB, blocksize, backward=False)
+    product = product_of(A, B, shapeB, blocksize, backward=False)
     implementation = choose(product).implementation
     if implementation == SKINNY:
         shape = product.M, product.N, product.K
@@ -174,12 +174,12 @@ def _gemm_4bit_dense(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
 
 def _gemm_4bit_wgmma(product: Product, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
     B, _, absmax, _, quant_type, *nested = weight
-    return _product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
+    return product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
 
 
 def _gemm_4bit_skinny(launch: Launch, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
     B, (N, _), absmax, _, _, absmax_8bit, absmax_code, absmax_offset = weight
-    x = A if A.is_contiguous() and A.data_ptr() % 16 == 0 else _contiguous_and_aligned(A)
+    x = A if A.is_contiguous() and A.data_ptr() % 16 == 0 else contiguous_and_aligned(A)
     out = A.new_empty(*A.shape[:-1], N)
     bias = bias if bias is None else bias.contiguous()
     if A.get_device() == torch._C._cuda_getDevice():
@@ -190,24 +190,31 @@ def _gemm_4bit_skinny(launch: Launch, A: Tensor, bias: Tensor | None, weight: We
     return out
 
 
-def _contiguous_and_aligned(x: Tensor) -> Tensor:
+def contiguous_and_aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x  # a slice of another tensor may begin anywhere
 
 
-def _product_wgmma(
-    A: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, bias: Tensor | None, *nested: Tensor | None
+def product_wgmma(
+    A: Tensor,
+    B: Tensor,
+    product: Product,
+    absmax: Tensor,
+    quant_type: str,
+    bias: Tensor | None,
+    *nested: Tensor | None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     M, N, K, backward = product.M, product.N, product.K, product.backward
     columns = K if backward else N
-    x = _contiguous_and_aligned(A).view(M, -1)
+    x = contiguous_and_aligned(A).view(M, -1)
     out = torch.empty((*A.shape[:-1], columns), dtype=A.dtype, device=A.device)  # no view is returned: see `dense.py`
     rows = out.view(M, columns)
     bias = bias if bias is None else bias.contiguous()
     config = wgmma_config(M, N, K, backward)
-    blocksize = product.blocksize
-    with _on_device_of(A):
-        matmul_wgmma_triton(x, B, (N, K), absmax, blocksize, quant_type, bias, rows, config, *nested, backward=backward)
+    weight = (B, (N, K), absmax, product.blocksize, quant_type)
+    with on_device_of(A):
+        matmul_wgmma_triton(x, *weight, bias, rows, config, *nested, backward=backward, adapter=adapter)
     return out
 
 
@@ -220,9 +227,9 @@ def gemm_4bit_dx(
     quant_type: str,
     *nested: Tensor | None,
 ) -> Tensor:
-    product = _product(grad, B, shapeB, blocksize, backward=True)
+    product = product_of(grad, B, shapeB, blocksize, backward=True)
     if choose(product).implementation == WGMMA:
-        return _product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
+        return product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
 
 

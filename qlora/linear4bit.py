@@ -13,10 +13,11 @@ from typing import Self
 import torch
 from torch import nn
 
-from qkernels import QuantState, matmul_4bit
+from qkernels import QuantState, matmul_4bit, matmul_4bit_lora
 from qkernels.errors import UserError
 from qkernels.functional import autocast_dtype
 
+from .lora_product import Adapter, add_lora
 from .module4bit import Module4bit
 from .params4bit import Params4bit
 
@@ -114,11 +115,12 @@ class Linear4bit(Module4bit, nn.Linear):
         layer.compute_dtype = compute_dtype
         return layer.train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Y = X W^T + bias.
+    def forward(self, x: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
+        """Y = X W^T + bias, and an adapter's update.
 
         Args:
             x: float32, float16 or bfloat16 [..., K], any number of leading dimensions, none of them or empty ones too.
+            adapter: added in the same product: scaling * (dropout(X) A^T) B^T.
 
         Returns:
             [..., N] in the dtype of x (under autocast: in autocast's dtype).
@@ -126,17 +128,26 @@ class Linear4bit(Module4bit, nn.Linear):
         Raises:
             UserError: the weight is not quantized yet; x has another last dimension, dtype or device.
         """
-        return self._product(x, *self._packed(), self._parameter("bias"))
+        return self._product(x, *self._packed(), self._parameter("bias"), adapter)
 
     def _product(
-        self, x: torch.Tensor, packed: torch.Tensor, quant_state: QuantState, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        quant_state: QuantState,
+        bias: torch.Tensor | None,
+        adapter: Adapter | None = None,
     ) -> torch.Tensor:
         """As `forward`, by this weight or rows of it."""
         given = x.dtype
         # Under autocast `matmul_4bit` computes in autocast's dtype and returns it.
         if self.compute_dtype is None or self.compute_dtype is given or autocast_dtype(x) is not None:
-            return matmul_4bit(x, packed, quant_state, bias=bias)
-        return matmul_4bit(x.to(self.compute_dtype), packed, quant_state, bias=bias).to(given)
+            if adapter is None:
+                return matmul_4bit(x, packed, quant_state, bias=bias)
+            lora_A, lora_B, scaling, p, seed = adapter
+            return matmul_4bit_lora(x, packed, quant_state, lora_A, lora_B, scaling, bias, p, seed)
+        y = matmul_4bit(x.to(self.compute_dtype), packed, quant_state, bias=bias).to(given)
+        return y if adapter is None else add_lora(y, x, adapter)  # the adapter computes in x's dtype
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -23,6 +23,9 @@ from qkernels import FLOAT_DTYPES
 from qkernels.errors import UserError
 from qkernels.functional import autocast_dtype
 
+from .dropout import SeededDropout
+from .linear4bit import Linear4bit
+from .lora_product import Adapter
 from .module4bit import Module4bit
 from .targets import resolve_target_modules
 
@@ -69,7 +72,7 @@ class LoRALinear(nn.Module):
         self.r = r
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         device = next(base_layer.parameters()).device
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = SeededDropout(lora_dropout)
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=adapter_dtype)
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=adapter_dtype)
         # Not persistent: a state_dict is the same merged or not.
@@ -89,8 +92,14 @@ class LoRALinear(nn.Module):
             bias = None if bias is None else bias.to(self.merged_weight.dtype)
             y = F.linear(x.to(self.merged_weight.dtype), self.merged_weight, bias)
             return y.to(autocast_dtype(x) or x.dtype)
+        # The product adds the update in one dtype; elsewhere the adapter computes in its own.
+        dtype = autocast_dtype(x)
+        if isinstance(self.base_layer, Linear4bit) and (dtype or self.lora_A.weight.dtype) == (dtype or x.dtype):
+            seed = self.lora_dropout.draw(x.device)
+            factors = self.lora_A.weight, self.lora_B.weight
+            return self.base_layer(x, Adapter(*factors, self.scaling, self.lora_dropout.p, seed))
         y = self.base_layer(x)
-        if autocast_dtype(x) is None:
+        if dtype is None:
             x = x.to(self.lora_A.weight.dtype)
         inner = self.lora_A(self.lora_dropout(x))
         # Scaled at rank r, not at N.  The sum is in the wider of the two dtypes and rounded once.

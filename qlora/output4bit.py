@@ -19,6 +19,7 @@ from qkernels.format import NESTED_BLOCKSIZE
 from qkernels.functional import autocast_dtype
 
 from .linear4bit import Linear4bit
+from .lora_product import Adapter, add_lora
 from .params4bit import Params4bit
 
 __all__ = ["ROWS", "DecodedRows", "OutputLayer4bit", "rows_of"]
@@ -37,17 +38,18 @@ class OutputLayer4bit(Linear4bit):
 
     is_tied = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
         """As `Linear4bit`; where the weight has to be decoded for the product, by `ROWS` rows at a time."""
         packed, quant_state = self._packed()
         if self.out_features <= ROWS or self._is_fused(x, quant_state):
-            return super().forward(x)
+            return super().forward(x, adapter)
         parts = []
         for start in range(0, self.out_features, ROWS):
             rows = slice(start, min(start + ROWS, self.out_features))
             bias = None if self.bias is None else self.bias[rows]
             parts.append(self._product(x, *rows_of(packed.data, quant_state, rows), bias))
-        return torch.cat(parts, dim=-1)
+        y = torch.cat(parts, dim=-1)
+        return y if adapter is None else add_lora(y, x.to(y.dtype), adapter)
 
     def split_weight(self) -> None:
         raise UserError(

@@ -11,7 +11,7 @@ from torch import nn
 from qkernels import UserError, seeded_dropout
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
 from qlora.dropout import SeededDropout, draw_seeds, randomness, seeded
-from qlora.lora_product import add_lora
+from qlora.lora_product import Adapter, add_lora
 
 SEED = torch.tensor([2**62 + 12345])
 
@@ -88,7 +88,7 @@ def test_an_adapters_product_with_dropout():
     A, B = torch.randn(3, 12, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     mask = seeded_dropout(torch.ones(5, 12), 0.3, SEED)
     upstream = torch.randn(5, 7)
-    found = torch.autograd.grad(add_lora(y.clone(), x, A, B, 2.0, 0.3, SEED), (x, A, B), upstream)
+    found = torch.autograd.grad(add_lora(y.clone(), x, Adapter(A, B, 2.0, 0.3, SEED)), (x, A, B), upstream)
     expected = torch.autograd.grad(y + 2.0 * (x * mask) @ A.t() @ B.t(), (x, A, B), upstream)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)

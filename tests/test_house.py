@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
     "qkernels": ("qlora", "transformers", "peft", "trl", "datasets", "bitsandbytes", "benchmarks", "tests"),
     "qkernels/format.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
+    "qkernels/adapter.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/dropout.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/quant_state.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/reference.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.checks"),

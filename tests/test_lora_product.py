@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qkernels import matmul_4bit, quantize_4bit
-from qlora.lora_product import add_lora
+from qlora.lora_product import Adapter, add_lora
 
 
 def operands(dtype: torch.dtype):
@@ -22,7 +22,7 @@ def test_value_and_gradients(dtype):
     # The products are in the activations' dtype: the truth has the operands that they have.
     exact = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in given.items()}
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    out = add_lora(inputs["y"].clone(), inputs["x"], inputs["A"], inputs["B"], 0.5)
+    out = add_lora(inputs["y"].clone(), inputs["x"], Adapter(inputs["A"], inputs["B"], 0.5))
     truth = exact["y"] + 0.5 * (exact["x"] @ exact["A"].T) @ exact["B"].T
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(upstream)
@@ -37,14 +37,14 @@ def test_value_and_gradients(dtype):
 
 def test_gradcheck():
     inputs = [tensor.double().requires_grad_() for tensor in operands(torch.float32).values()]
-    assert torch.autograd.gradcheck(lambda y, *rest: add_lora(y.clone(), *rest, 0.5), inputs)
+    assert torch.autograd.gradcheck(lambda y, x, A, B: add_lora(y.clone(), x, Adapter(A, B, 0.5)), inputs)
 
 
 def test_the_gradients_of_the_adapter_do_not_overflow():
     """4,000 tokens with gradients of 40, as under a loss scale: their sum is past float16."""
     y, x = torch.zeros(4000, 4, dtype=torch.float16), torch.ones(4000, 4, dtype=torch.float16)
     A, B = torch.ones(1, 4, requires_grad=True), torch.ones(4, 1, requires_grad=True)
-    add_lora(y, x, A, B, 1.0).backward(torch.full((4000, 4), 40.0, dtype=torch.float16))
+    add_lora(y, x, Adapter(A, B, 1.0)).backward(torch.full((4000, 4), 40.0, dtype=torch.float16))
     assert B.grad.unique().tolist() == [4000 * 40 * 4]
     assert A.grad.unique().tolist() == [4000 * 40 * 4]
 
@@ -52,7 +52,7 @@ def test_the_gradients_of_the_adapter_do_not_overflow():
 def test_the_update_is_added_in_place():
     given = operands(torch.float16)
     y = given["y"].clone()
-    out = add_lora(y, given["x"], given["A"], given["B"], 0.5)
+    out = add_lora(y, given["x"], Adapter(given["A"], given["B"], 0.5))
     assert out.data_ptr() == y.data_ptr()
     assert not torch.equal(out, given["y"])
 
@@ -66,7 +66,7 @@ def test_it_follows_every_implementation_of_the_product(rows):
     A, B = (torch.randn(shape, device="cuda", requires_grad=True) for shape in ((8, 512), (256, 8)))
     y = matmul_4bit(x, packed, state)
     expected = y.double() + 0.5 * (x.double() @ A.half().double().t()) @ B.half().double().t()
-    out = add_lora(y, x, A, B, 0.5)
+    out = add_lora(y, x, Adapter(A, B, 0.5))
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-1)
     out.sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (x, A, B))

@@ -35,7 +35,7 @@ from ..checkpoint import is_local
 from ..dequantize import float_layer
 from ..dropout import SeededDropout
 from ..linear4bit import Linear4bit
-from ..lora_product import add_lora
+from ..lora_product import Adapter, add_lora
 
 _INITIALIZATIONS = (True, False, "gaussian", "eva")
 _FLOAT_ONLY_VARIANTS = ("use_bdlora", "velora_config", "monteclora_config", "kasa_config")
@@ -68,23 +68,27 @@ class LoraLinear4bit(Linear):
             self.lora_dropout[adapter_name] = SeededDropout(dropout.p).train(dropout.training)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """[..., K] to [..., N]; plain adapters by `add_lora`, all else (DoRA, merged, mixed batches) by peft."""
+        """[..., K] to [..., N]; plain adapters here, all else (DoRA, merged, mixed batches) by peft."""
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         is_plain = not (args or kwargs or self.disable_adapters or self.merged)
         if not is_plain or any(name in self.lora_variant or self.lora_bias[name] for name in adapters):
             return super().forward(x, *args, **kwargs)
         x = x.to(autocast_dtype(x) or x.dtype)  # once, for the base layer and the adapters
-        y = self.base_layer(x)
+        y = None
         for name in adapters:
             dropout: Any = self.lora_dropout[name]
             lora_A: Any = self.lora_A[name]
             lora_B: Any = self.lora_B[name]
-            weights = (lora_A.weight, lora_B.weight, self.scaling[name])
+            adapter, given = Adapter(lora_A.weight, lora_B.weight, self.scaling[name]), x
             if isinstance(dropout, SeededDropout):
-                y = add_lora(y, x, *weights, dropout.p, dropout.draw(x.device))
+                adapter = adapter._replace(p=dropout.p, seed=dropout.draw(x.device))
             else:
-                y = add_lora(y, dropout(x), *weights)
-        return y
+                given = dropout(x)
+            if y is None and given is x and isinstance(self.base_layer, Linear4bit):
+                y = self.base_layer(x, adapter)
+            else:
+                y = add_lora(self.base_layer(x) if y is None else y, given, adapter)
+        return self.base_layer(x) if y is None else y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight.
