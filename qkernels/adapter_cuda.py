@@ -55,8 +55,9 @@ def lora_4bit(
     M, N, K = product[:3]
     rows = contiguous_and_aligned(x).view(M, K)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    config = down_config(M, K, lora_A.shape[0], drop is not None)
     with on_device_of(x):
-        inner = lora_down_triton(rows, lora_A, False, scaling, drop, down_config(M, K, drop is not None))
+        inner = lora_down_triton(rows, lora_A, False, scaling, drop, config)
         if how == ADAPTER_JOINED:
             return product_wgmma(x, B, product, absmax, quant_type, bias, *nested, adapter=(lora_B, inner)), inner
         if choose(product).implementation == DEQUANTIZE:
@@ -102,7 +103,7 @@ def lora_4bit_backward(
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
     with on_device_of(grad):
-        grad_inner = lora_down_triton(rows, lora_B, True, scaling, None, down_config(M, N, False))
+        grad_inner = lora_down_triton(rows, lora_B, True, scaling, None, down_config(M, N, lora_A.shape[0], False))
         lora_grads_triton(rows, x_rows, inner, grad_inner, grad_A, grad_B, drop, grads_config(M, drop is not None))
         if not needs_dx:
             dx = grad.new_empty(0)

@@ -172,7 +172,7 @@ def inner_form(
     """
     if capability is None or _refuse_adapter_kernels(M, dtype, 10 * capability[0] + capability[1], r) is not None:
         return (M, r), dtype
-    parts = inner_parts(M, K)
+    parts = inner_parts(M, K, r)
     return (parts, M, padded_rank(r)), torch.float32 if parts > 1 else dtype
 
 

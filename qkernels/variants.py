@@ -168,8 +168,13 @@ def _blockwise(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Va
 def _lora() -> Iterator[Variant]:
     """Few and many rows (u in parts and in one), float32 and 16-bit factors, with dropout and without."""
     threshold, kept_scale = threshold_and_scale(0.05)
-    for M, dtype, factors, rank in ((128, "fp16", "fp32", 16), (2048, "bf16", "bf16", 64), (2048, "fp16", "fp32", 16)):
-        parts = inner_parts(M, 4096)
+    for M, dtype, factors, rank in (
+        (128, "fp16", "fp32", 16),
+        (128, "bf16", "fp32", 64),
+        (2048, "bf16", "bf16", 64),
+        (2048, "fp16", "fp32", 16),
+    ):
+        parts = inner_parts(M, 4096, rank)
         inner = "*fp32" if parts > 1 else f"*{dtype}"
         for dropout in (False, True):
             tag = f"M={M} {dtype} factors {factors} rank={rank}{' dropout' if dropout else ''}"
@@ -179,7 +184,7 @@ def _lora() -> Iterator[Variant]:
             for tall in (False, True):
                 w = {"w_ptr": f"*{factors}", **seed}
                 factor = {"TALL": tall, "RANK": rank, **mask}
-                down, up = down_config(M, 4096, dropout), up_config(M)
+                down, up = down_config(M, 4096, rank, dropout), up_config(M)
                 yield Variant(
                     f"lora_down {'B' if tall else 'A'} {tag}",
                     _lora_down_kernel,
@@ -216,7 +221,7 @@ def _lora() -> Iterator[Variant]:
                 },
                 grads,
             )
-    config = down_config(2048, 4096, False)
+    config = down_config(2048, 4096, 16, False)
     yield Variant(
         "lora_sum",
         _lora_sum_kernel,

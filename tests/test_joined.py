@@ -155,13 +155,14 @@ def test_where_the_update_is_added(M, dtype, capability, r, backward, dropout, e
 @pytest.mark.parametrize("M", [1, 16, 128, 512, 513, 2048, 100_000])
 @pytest.mark.parametrize("C", [32, 4096, 12288, 11008])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_parts_cover_the_contraction_once(M, C, dropout):
-    config = down_config(M, C, dropout)
+@pytest.mark.parametrize("r", [16, 33])
+def test_the_parts_cover_the_contraction_once(M, C, r, dropout):
+    config = down_config(M, C, r, dropout)
     assert (
         (config.parts - 1) * config.part_steps * config.columns < C <= config.parts * config.part_steps * config.columns
     )
-    shape, dtype = inner_form(M, C, torch.float16, 16, (9, 0))
-    assert shape == (inner_parts(M, C), M, 16)
+    shape, dtype = inner_form(M, C, torch.float16, r, (9, 0))
+    assert shape == (inner_parts(M, C, r), M, padded_rank(r))
     assert (dtype == torch.float16) == (shape[0] == 1)
     assert config.summed == (shape[0] == 1)
 

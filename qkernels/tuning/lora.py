@@ -8,8 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-# Rows up to which u is kept in parts, and the parts.
-_PARTS_ROWS, _PARTS = 512, 8
+# Rows and rank up to which u is kept in parts, which who adds them holds in registers; and the parts.
+_PARTS_ROWS, _PARTS_RANK, _PARTS = 512, 16, 8
 _REGISTERS = 255  # left to itself, ptxas squeezes some variants into 72 and spills
 # Of more rows, whose parts are added by a launch of its own: programs that fill any GPU.
 _PROGRAMS = 264
@@ -49,24 +49,26 @@ def padded_rank(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def inner_parts(M: int, C: int) -> int:
-    """In how many parts u of M rows is kept, the contraction being C long."""
-    return down_config(1, C, False).parts if M <= _PARTS_ROWS else 1
+def inner_parts(M: int, C: int, r: int) -> int:
+    """In how many parts u of M rows and rank r is kept, the contraction being C long."""
+    return down_config(1, C, r, False).parts if M <= _PARTS_ROWS and r <= _PARTS_RANK else 1
 
 
 @lru_cache(maxsize=4096)
-def down_config(M: int, C: int, dropout: bool) -> DownConfig:
-    """For x [M, C] times a factor.
+def down_config(M: int, C: int, r: int, dropout: bool) -> DownConfig:
+    """For x [M, C] times a factor of rank r.
 
     An operand that is computed, as a dropped one is, would make ptxas serialize Hopper's wgmma; 32 rows are below it.
     """
-    summed = M > _PARTS_ROWS
-    rows, columns = (16 if not summed else 32 if dropout else 64), 128
+    few = M <= _PARTS_ROWS
+    rows, columns = (16 if few else 32 if dropout else 64), 128
     steps = -(-C // columns)
-    parts = min(_PARTS, steps) if not summed else max(1, min(_PARTS, steps, _PROGRAMS * rows // M))
+    parts = min(_PARTS, steps) if few else max(1, min(_PARTS, steps, _PROGRAMS * rows // M))
     part_steps = -(-steps // parts)
     parts = -(-steps // part_steps)
-    return DownConfig(rows, columns, parts, part_steps, summed or parts == 1, max_registers=_REGISTERS)
+    return DownConfig(
+        rows, columns, parts, part_steps, not few or r > _PARTS_RANK or parts == 1, max_registers=_REGISTERS
+    )
 
 
 def up_config(M: int) -> TileConfig:

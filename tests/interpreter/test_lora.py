@@ -38,13 +38,13 @@ def test_an_adapters_kernels(M, N, K, r, p, factors):
     mask = torch.ones(M, K) if dropout is None else dropout_reference(torch.ones(M, K), *dropout)
     part_steps = -(-K // 96)
     for config in (
-        down_config(M, K, p > 0),
+        down_config(M, K, r, p > 0),
         DownConfig(16, 32, 3, part_steps, False),
         DownConfig(16, 32, 3, part_steps, True),
     ):
         u = lora_down_triton(x, A, False, 0.5, dropout, config)
         assert_near(inner_of(u, r), 0.5 * kept.double() @ A.half().double().T, 1e-3)
-    v = lora_down_triton(dy, B, True, 0.5, None, down_config(M, N, False))
+    v = lora_down_triton(dy, B, True, 0.5, None, down_config(M, N, r, False))
     u_16, v_16 = inner_of(u, r).double(), inner_of(v, r).double()
 
     for accumulate in (False, True):
