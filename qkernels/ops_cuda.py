@@ -29,6 +29,9 @@ from .tuning.skinny import skinny_config
 from .tuning.wgmma import wgmma_config
 
 _NOTHING = nullcontext()
+# torch.empty on the current device past torch's dispatcher, which takes longer than the rest of it; as in the code that
+# torch.compile generates.
+_empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -140,16 +143,17 @@ def product_of(x: Tensor, B: Tensor, shapeB: Sequence[int], blocksize: int, back
 
 
 def plan_gemm_4bit(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan:
-    """How this product is computed, and every other of the same sizes, dtypes and device with a weight of its kind."""
+    """How this product is computed, and every other of the same shape, dtypes and device with a weight of its kind."""
     B, shapeB, _, blocksize, quant_type, *nested = weight
     product = product_of(A, B, shapeB, blocksize, backward=False)
     implementation = choose(product).implementation
     if implementation == SKINNY:
-        shape = product.M, product.N, product.K
-        config = skinny_config(*shape, product.sm)
+        sizes = product.M, product.N, product.K
+        config = skinny_config(*sizes, product.sm)
         assert config is not None
         kind = A.dtype, blocksize, quant_type, nested[0] is not None, bias is not None
-        return partial(_gemm_4bit_skinny, skinny_launch(shape, *kind, config))
+        shape = (*A.shape[:-1], product.N)
+        return partial(_gemm_4bit_skinny, skinny_launch(sizes, *kind, config), shape, _contiguous_strides(shape))
     return partial(_gemm_4bit_wgmma, product) if implementation == WGMMA else _gemm_4bit_dense
 
 
@@ -177,17 +181,25 @@ def _gemm_4bit_wgmma(product: Product, A: Tensor, bias: Tensor | None, weight: W
     return product_wgmma(A, B, product, absmax, quant_type, bias, *nested)
 
 
-def _gemm_4bit_skinny(launch: Launch, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
-    B, (N, _), absmax, _, _, absmax_8bit, absmax_code, absmax_offset = weight
-    x = A if A.is_contiguous() and A.data_ptr() % 16 == 0 else contiguous_and_aligned(A)
-    out = A.new_empty(*A.shape[:-1], N)
-    bias = bias if bias is None else bias.contiguous()
-    if A.get_device() == torch._C._cuda_getDevice():
-        launch(x, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
-    else:
+def _gemm_4bit_skinny(
+    launch: Launch, shape: tuple[int, ...], strides: tuple[int, ...], A: Tensor, bias: Tensor | None, weight: Weight
+) -> Tensor:
+    if A.get_device() != torch._C._cuda_getDevice():
         with torch.cuda.device(A.device):
-            launch(x, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
+            return _gemm_4bit_skinny(launch, shape, strides, A, bias, weight)
+    B, _, absmax, _, _, absmax_8bit, absmax_code, absmax_offset = weight
+    x = A if A.is_contiguous() and A.data_ptr() % 16 == 0 else contiguous_and_aligned(A)
+    out = _empty(shape, strides, A.dtype)
+    bias = bias if bias is None else bias.contiguous()
+    launch(x, B, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out)
     return out
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(strides[::-1])
 
 
 def contiguous_and_aligned(x: Tensor) -> Tensor:

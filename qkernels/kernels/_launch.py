@@ -10,11 +10,15 @@ Triton's launch hooks (its Proton profiler sets them) see the first launch of a 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton
 from triton import JITFunction
 
+# How Triton 3.6's launch in C takes its arguments.
+_PASSES_SCRATCH = triton.__version__.startswith("3.6.")
 Grid = tuple[int, int, int]  # of plain integers: triton.cdiv, made for kernels, takes longer than the rest of a launch
 
 
@@ -26,6 +30,29 @@ class Config(Protocol):
 
     @property
     def max_registers(self) -> int | None: ...
+
+
+class Ready(NamedTuple):
+    """A compiled kernel on a device, where it is loaded.
+
+    Attributes:
+        start: launches it, a function of (*grid, stream, *between, *arguments).
+        between: what it takes between the stream and the kernel's arguments.
+        compiled: Triton's object, kept because the kernel is unloaded with it.
+    """
+
+    start: Callable[..., None]
+    between: tuple[object, ...]
+    compiled: object
+
+
+def _ready(compiled: Any) -> Ready:
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if _PASSES_SCRATCH and not (run.global_scratch_size or run.profile_scratch_size):
+        # Triton's Python would allocate scratch memory and call this: the kernel has none.
+        flags = run.launch_cooperative_grid, run.launch_pdl
+        return Ready(run.launch, (function, *flags, None, None, metadata, None, None, None), compiled)
+    return Ready(run, (function, metadata, None, None, None), compiled)
 
 
 class Launcher:
@@ -43,7 +70,7 @@ class Launcher:
         self._kernel = kernel
         self._views = views or {}
         self._options = options
-        self._compiled: dict[tuple[object, ...], Any] = {}
+        self._variants: dict[tuple[object, ...], Ready] = {}
         # In the interpreter there is nothing to keep.
         self._interpreted = not isinstance(kernel, JITFunction)
 
@@ -55,7 +82,7 @@ class Launcher:
         constants: tuple[object, ...],
         config: Config,
         descriptors: tuple[object, ...] = (),
-    ) -> Any:
+    ) -> Ready | None:
         """Launch on the current device and stream.
 
         Args:
@@ -64,11 +91,12 @@ class Launcher:
             descriptors: of tensors that are read by TMA; their dtype is that of a pointer, their tile a constant.
 
         Returns:
-            The compiled kernel; None in the interpreter.
+            What was launched; None in the interpreter.
         """
         scalars = (*sizes, *constants)
         if self._interpreted:
-            return self._first(grid, descriptors, pointers, scalars, config)
+            self._first(grid, descriptors, pointers, scalars, config)
+            return None
         device = torch._C._cuda_getDevice()
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
         types = [None if pointer is None else pointer.dtype for pointer in pointers]
@@ -81,23 +109,13 @@ class Launcher:
         # Nearly always all pointers are aligned; only else it is looked at which are not.
         misaligned = tuple((address or 0) % 16 != 0 for address in addresses) if together % 16 else ()
         key = (device, specialized, misaligned, config, constants, *types)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = self._first(grid, descriptors, pointers, scalars, config)
-            return compiled
-        compiled.run(
-            *grid,
-            torch._C._cuda_getCurrentRawStream(device),
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *descriptors,
-            *addresses,
-            *scalars,
-        )
-        return compiled
+        ready = self._variants.get(key)
+        if ready is None:
+            ready = self._variants[key] = _ready(self._first(grid, descriptors, pointers, scalars, config))
+            return ready
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        ready.start(*grid, stream, *ready.between, *descriptors, *addresses, *scalars)
+        return ready
 
     def _first(
         self,
@@ -130,8 +148,9 @@ class Launch:
     ) -> None:
         self._launcher = launcher
         self._arguments = grid, sizes, constants, config
-        # The compiled kernel for pointers that are all aligned, by device: all that still has to be looked up.
-        self._aligned: dict[int, Any] = {}
+        self._scalars = (*sizes, *constants)
+        # For pointers that are all aligned, by device.
+        self._aligned: dict[int, Ready] = {}
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
         """Launch on the current device and stream; `pointers` as `Launcher` takes them."""
@@ -140,14 +159,12 @@ class Launch:
         together = 0
         for address in addresses:
             together |= address
-        compiled = None if together % 16 else self._aligned.get(device)
         grid, sizes, constants, config = self._arguments
-        if compiled is None:
-            compiled = self._launcher(grid, pointers, sizes, constants, config)
-            if not together % 16:
-                self._aligned[device] = compiled
+        ready = None if together % 16 else self._aligned.get(device)
+        if ready is not None:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            ready.start(*grid, stream, *ready.between, *addresses, *self._scalars)
             return
-        stream, function = torch._C._cuda_getCurrentRawStream(device), compiled.function
-        compiled.run(
-            *grid, stream, function, compiled.packed_metadata, None, None, None, *addresses, *sizes, *constants
-        )
+        ready = self._launcher(grid, pointers, sizes, constants, config)
+        if ready is not None and not together % 16:
+            self._aligned[device] = ready
