@@ -91,7 +91,7 @@ class Launcher:
             descriptors: of tensors that are read by TMA; their dtype is that of a pointer, their tile a constant.
 
         Returns:
-            What was launched; None in the interpreter.
+            What was launched; None in the interpreter, or where a hook of Triton's refused to compile it.
         """
         scalars = (*sizes, *constants)
         if self._interpreted:
@@ -111,7 +111,10 @@ class Launcher:
         key = (device, specialized, misaligned, config, constants, *types)
         ready = self._variants.get(key)
         if ready is None:
-            ready = self._variants[key] = _ready(self._first(grid, descriptors, pointers, scalars, config))
+            compiled = self._first(grid, descriptors, pointers, scalars, config)
+            if compiled is None:  # a hook of Triton's refused the compilation, and nothing was launched
+                return None
+            ready = self._variants[key] = _ready(compiled)
             return ready
         stream = torch._C._cuda_getCurrentRawStream(device)
         ready.start(*grid, stream, *ready.between, *descriptors, *addresses, *scalars)

@@ -52,7 +52,7 @@ def _load_factor(w_ptr, c, C, r, RANK: tl.constexpr, TALL: tl.constexpr, DTYPE: 
     return w.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_down_kernel(
     x_ptr,
     w_ptr,
@@ -87,7 +87,7 @@ def _lora_down_kernel(
     tl.store(out_ptr + out, acc * SCALING, mask=(rows < M)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_sum_kernel(parts_ptr, out_ptr, M, RANK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """The parts of `down`, added in order and rounded, to out[M, RANK]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -95,7 +95,7 @@ def _lora_sum_kernel(parts_ptr, out_ptr, M, RANK: tl.constexpr, PARTS: tl.conste
     tl.store(out_ptr + rows[:, None] * RANK + tl.arange(0, RANK)[None, :], inner, mask=(rows < M)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_up_kernel(
     inner_ptr,
     w_ptr,
@@ -165,7 +165,7 @@ def _factor_gradient(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_grads_kernel(
     dy_ptr,
     x_ptr,
