@@ -19,7 +19,7 @@ from triton.errors import TritonError
 import qkernels
 
 from . import int4
-from .operations import FORMAT, GateError, Measured, Provider, compile_afresh
+from .operations import FORMAT, Measured, Provider, compile_afresh
 from .timing import Call
 
 # A product in 16 bits is off by this order; one with another weight by far more.
@@ -43,32 +43,37 @@ class Rival(NamedTuple):
 
 
 def with_rivals(op: str, measured: Measured, weight: torch.Tensor) -> Measured:
-    """An operation measured on a weight, with further rivals, or the reasons why they are missing.
+    """An operation measured on a weight, with further rivals.
 
-    Raises:
-        GateError: a rival computes something else.
+    One that cannot run, or computes something else, is listed among the missing with the reason.
     """
     x = torch.randn(measured.m or 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    ours = _relative(qkernels.dequantize_4bit(*qkernels.quantize_4bit(weight, **FORMAT)), weight)
     providers, missing = dict(measured.providers), dict(measured.missing)
     for name, find in _finders(op, x, weight).items():
         try:
             found = find()
-            result = None if isinstance(found, str) else found.make(weight)()
+            reason = found if isinstance(found, str) else _differs(op, found, x, weight)
         except (ImportError, RuntimeError, TritonError) as error:  # it does not fit these versions or this GPU
-            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if isinstance(found, str):
-            missing[name] = found
-            continue
-        if not (theirs := _relative(found.decoded, weight)) < LESS_EXACT * ours:
-            raise GateError(f"the weight of {name} is off by {100 * theirs:.1f}%, ours by {100 * ours:.1f}%")
-        if op == "quantize":
-            result = result.get_original_weight()  # type: ignore[attr-defined]
-        expected = x.double() @ found.decoded.double().t() if op == "matmul" else found.decoded
-        if not (error := _relative(result, expected)) < CLOSE:
-            raise GateError(f"{name} differs by {100 * error:.1f}% from what its weight gives")
-        providers[name] = found.make
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if reason is not None:
+            missing[name] = reason
+        elif isinstance(found, Rival):
+            providers[name] = found.make
     return replace(measured, providers=providers, missing=missing)
+
+
+def _differs(op: str, rival: Rival, x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """How a rival's weight or result is not what it should be; None where both are."""
+    ours = _relative(qkernels.dequantize_4bit(*qkernels.quantize_4bit(weight, **FORMAT)), weight)
+    if not (theirs := _relative(rival.decoded, weight)) < LESS_EXACT * ours:
+        return f"its weight is off by {100 * theirs:.1f}%, ours by {100 * ours:.1f}%"
+    result: Any = rival.make(weight)()
+    if op == "quantize":
+        result = result.get_original_weight()
+    expected = x.double() @ rival.decoded.double().t() if op == "matmul" else rival.decoded
+    if not (error := _relative(result, expected)) < CLOSE:
+        return f"it differs by {100 * error:.1f}% from what its weight gives"
+    return None
 
 
 def _finders(op: str, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], Rival | str]]:
