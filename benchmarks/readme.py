@@ -35,6 +35,9 @@ TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", errors),
 }
 
+# What a table says before it, where there is a record.
+INTRODUCTIONS = {"rivals": "Beside further rivals. INT4 is another format; a dash stands where one cannot run:"}
+
 
 def current(text: str, results: Path) -> str:
     """The README with every table between marks made anew.
@@ -56,7 +59,8 @@ def _table(name: str, results: Path) -> str:
     first = records[0][1][0]
     where = first["gpu"] or f"{first['processor']} (CPU)"
     source = f"From {links}: `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}."
-    return f"\n{markdown_table(head, body)}\n\n{source}\n\n"
+    introduction = f"\n{INTRODUCTIONS[name]}\n" if name in INTRODUCTIONS else ""
+    return f"{introduction}\n{markdown_table(head, body)}\n\n{source}\n\n"
 
 
 def _newest(results: Path, pattern: str) -> tuple[Path, list[Row]] | None:

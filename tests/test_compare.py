@@ -178,6 +178,7 @@ def test_the_readmes_table_of_rivals_has_a_dash_for_who_cannot_run(tmp_path):
     text = readme.current("<!-- table: rivals -->\n<!-- end of table -->", tmp_path)
     assert "| 64 x 128, float16; µs | qkernels | bitsandbytes | torch | gemlite |" in text
     assert "| product, M = 16 | 160.0 | 320.0 | 320.0 | - |" in text
+    assert text.startswith("<!-- table: rivals -->\n\nBeside further rivals")
 
 
 def test_the_readmes_table_of_products(tmp_path):
