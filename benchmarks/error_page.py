@@ -14,7 +14,7 @@ from pathlib import Path
 from qkernels.errors import UserError
 
 from .environment import ROOT
-from .error import check, page
+from .error import check, page, records
 from .figures import FIGURES, RESULTS, draw, newest
 
 
@@ -33,8 +33,9 @@ def make(results: Path, out: Path) -> list[Path]:
             got=f"none in {results}",
             remedy="Make them by `python -m benchmarks.quant_error --out FOLDER`.",
         )
-    pictures = {name: picture for name, picture in draw(results) if not name.startswith("throughput")}
-    return page.write(out, found, pictures, FIGURES if out.resolve().is_relative_to(ROOT) else None)
+    return page.write(
+        out, found, dict(draw(results, of=records.PREFIX)), FIGURES if out.resolve().is_relative_to(ROOT) else None
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,15 +75,18 @@ def newest(results: Path, pattern: str) -> tuple[Path, list[Row]] | None:
     return path, records.read(path) if records.is_record(path) else read_csv(path)
 
 
-def draw(results: Path) -> Iterator[tuple[str, bytes]]:
+def draw(results: Path, of: str = "") -> Iterator[tuple[str, bytes]]:
     """File name and PNG of every figure that can be drawn.
+
+    Args:
+        of: what the names of figures from records begin with.
 
     Raises:
         DisagreementError: a record of errors contradicts the theory.
     """
     for name, make in DEFINED.items():
         yield name, plotting.picture(make, "from the definitions")
-    for name, drawn in DRAWN.items():
+    for name, drawn in ((name, drawn) for name, drawn in DRAWN.items() if name.startswith(of)):
         record = newest(results, drawn.pattern)
         if record is None or not any(drawn.needs(row) for row in record[1]):
             print(f"not drawn: {name}, for no {drawn.pattern} in {results} has what it shows")
