@@ -1,0 +1,66 @@
+"""The benchmarks' clock: what the host spends on a launch is not in the GPU's time.  On a simulated GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import gauges, timing
+
+
+class Machine:
+    """A host that launches and a GPU that works off what was launched, each at its own time, in microseconds."""
+
+    def __init__(self) -> None:
+        self.host_us = self.gpu_us = 0.0
+
+    def launch(self, host_us: float, gpu_us: float) -> None:
+        self.host_us += host_us
+        self.gpu_us = max(self.gpu_us, self.host_us) + gpu_us
+
+    def wait(self) -> None:
+        self.host_us = max(self.host_us, self.gpu_us)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+
+    class Buffer:
+        def zero_(self):
+            machine.launch(5, 85)
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.us = 0.0
+
+        def record(self):
+            machine.launch(1, 0)
+            self.us = machine.gpu_us
+
+        def elapsed_time(self, later):
+            return (later.us - self.us) / 1e3
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kind: Buffer())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", machine.wait)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: machine.host_us / 1e6)
+    return machine
+
+
+@pytest.mark.parametrize("host_us", [2, 60, 900])
+def test_a_slow_host_is_not_in_the_time(machine, host_us):
+    assert timing.flushed(lambda: machine.launch(host_us, 10)).median_us == pytest.approx(10)
+
+
+def test_a_wait_within_the_call_is(machine):
+    def call() -> None:
+        machine.launch(5, 10)
+        machine.wait()
+        machine.launch(40, 10)
+
+    assert timing.flushed(call).median_us == pytest.approx(10 + 40 + 10, abs=5)
+
+
+def test_there_is_no_peak_on_a_cpu():
+    assert gauges.peak_mib(lambda: None, torch.device("cpu")) is None
