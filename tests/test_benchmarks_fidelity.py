@@ -38,7 +38,7 @@ def test_every_stack_takes_the_same_steps(prompts_csv, tmp_path):
 
 def test_another_computation_is_found(prompts_csv, tmp_path, monkeypatch):
     plain = Linear4bit.forward
-    monkeypatch.setattr(Linear4bit, "forward", lambda layer, x: plain(layer, x) * 1.05)
+    monkeypatch.setattr(Linear4bit, "forward", lambda layer, x, *adapter: plain(layer, x, *adapter) * 1.05)
     code, rows = run(prompts_csv, tmp_path)
     assert code == 1
     # The decoded weights of the yardstick of the gradients are not by this layer.
