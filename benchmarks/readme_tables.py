@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .compare import AGAIN
 from .error.figures import NAMES
 from .error.sections import percent, with_interval
 from .error.weights import POOLED
@@ -71,8 +70,10 @@ def matmul(rows: list[Row]) -> Table:
 
 def rivals(rows: list[Row]) -> Table:
     """A line for each operation and M, a column for each provider; a dash where it cannot run."""
-    shown = [row for row in rows if row["op"] in ("quantize", "dequantize", "matmul") and row["provider"] != AGAIN]
-    providers = list(dict.fromkeys(row["provider"] for row in shown if "checking" not in row["provider"]))
+    shown = [row for row in rows if row["op"] in ("quantize", "dequantize", "matmul")]
+    # Ours once, and without what is no rival: the reading alone.
+    hidden = {row["provider"] for row in shown if row["provider"].startswith(f"{OURS}, ")} | {"read only"}
+    providers = [name for name in dict.fromkeys(row["provider"] for row in shown) if name not in hidden]
     body = []
     for op, m in dict.fromkeys((row["op"], row["m"]) for row in shown):
         method = "flushed" if op == "quantize" else "graph"  # bitsandbytes' quantizer fits no graph
