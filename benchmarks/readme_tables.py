@@ -18,7 +18,11 @@ BLOCKSIZE = 64
 
 def training(rows: list[Row]) -> Table:
     """Tokens a second and peak memory of each stack, a line a case."""
-    done = {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == "bf16"}
+    done = {
+        (row["stack"], row["name"]): row
+        for row in rows
+        if row["status"] == "ok" and row["precision"] == "bf16" and "tokens_per_s" in row  # generating is no training
+    }
     stacks = sorted(dict.fromkeys(stack for stack, _ in done), key=lambda stack: stack != "qlora")
     body = []
     for name in dict.fromkeys(name for _, name in done):

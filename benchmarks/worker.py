@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -134,6 +135,9 @@ def _constrain(job: Job) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(job.gpu_limit_gib * 2**30 / total)
     if job.capability is not None:
+        if job.device == "cuda":
+            # Triton keeps this function when it meets the GPU first: it must go on compiling for the one that is there.
+            triton.runtime.driver.active.get_current_target()
         capability = job.capability
         torch.cuda.get_device_capability = lambda device=None: capability
 
