@@ -75,6 +75,8 @@ records: $(VENV)/dev.stamp
 	$(MAKE) tune
 	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
 	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.bloom7b1 --model llama-2-7b --data $(DATA) --out $(RESULTS)
+	$(BIN)/python -m benchmarks.step_profile --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.plan_check --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.t4_recipe --data $(DATA) --out $(RESULTS)
 	$(BIN)/python -m benchmarks.fidelity --data $(DATA) --out $(RESULTS)
