@@ -37,21 +37,26 @@ from .command import add_model_flags, model_run, parser_of
 from .providers import DTYPES, PROVIDERS, lora_targets, training_arguments
 from .worker import StepClock
 
-# BATCHxLENGTH, what is recomputed, blocks that keep everything, CUDA graphs.
+# BATCHxLENGTH, what is recomputed, blocks that keep everything, CUDA graphs, and what is kept in host memory.
 CASES = (
-    ("1x128", "block", 0, True),
-    ("4x128", "block", 0, True),
-    ("4x512", "block", 0, True),
-    ("8x512", "block", 0, True),
-    ("4x512", "parts", 0, True),
-    ("4x512", "block", 10, True),
-    ("4x512", "nothing", 0, True),
-    ("1x128", "block", 0, False),
-    ("4x512", "block", 0, False),
-    ("4x512", "nothing", 0, False),
+    ("1x128", "block", 0, True, False),
+    ("4x128", "block", 0, True, False),
+    ("4x512", "block", 0, True, False),
+    ("8x512", "block", 0, True, False),
+    ("4x512", "parts", 0, True, False),
+    ("4x512", "block", 10, True, False),
+    ("4x512", "nothing", 0, True, False),
+    ("1x128", "block", 0, False, False),
+    ("4x512", "block", 0, False, False),
+    ("4x512", "nothing", 0, False, False),
+    ("4x512", "block", 0, False, True),
 )
 # With the embedding and the output layer in 4 bits as well.
-CASES_WITH_EMBEDDINGS = (("1x128", "block", 0, True), ("4x512", "block", 0, True), ("4x512", "block", 0, False))
+CASES_WITH_EMBEDDINGS = (
+    ("1x128", "block", 0, True, False),
+    ("4x512", "block", 0, True, False),
+    ("4x512", "block", 0, False, False),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def _rows(
-    cases: Sequence[tuple[str, str, int, bool]],
+    cases: Sequence[tuple[str, str, int, bool, bool]],
     embeddings: bool,
     checkpoint: Path,
     device: str,
@@ -104,13 +109,21 @@ def _rows(
     shapes = shapes_of(
         meta_model(str(checkpoint)), LoraArguments(lora_target_modules=lora_targets(base.config.model_type))
     )
-    for size_name, recompute, kept, graphs in cases:
+    for size_name, recompute, kept, graphs, offload in cases:
         batch, length = map(int, size_name.split("x"))
         kept = min(kept, shapes.layers)
-        optimize_model(base, recompute=recompute, kept_blocks=kept, graphs=graphs)
+        optimize_model(base, recompute=recompute, kept_blocks=kept, graphs=graphs, offload=offload)
         capability = find_gpu(None).capability
         wanted = Run(
-            batch, length, dtype, recompute, kept, graphs, quantize_embeddings=embeddings, capability=capability
+            batch,
+            length,
+            dtype,
+            recompute,
+            kept,
+            graphs,
+            quantize_embeddings=embeddings,
+            offload=offload,
+            capability=capability,
         )
         arguments = training_arguments(precision, device) | {
             "output_dir": work,
@@ -142,6 +155,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
         "recompute": run.recompute,
         "kept_blocks": run.kept_blocks,
         "graphs": run.by_graphs,
+        "offload": run.offload,
         "quantize_embeddings": run.quantize_embeddings,
         "predicted_allocated_gib": predicted.allocated / 2**30,
         "predicted_parts_gib": {part: getattr(predicted, part) / 2**30 for part in PARTS},
@@ -156,7 +170,7 @@ def _compared(row: report.Row, shapes: Any, run: Run) -> report.Row:
 
 
 _SHOWN = (
-    *("batch", "length", "recompute", "kept_blocks", "graphs", "quantize_embeddings"),
+    *("batch", "length", "recompute", "kept_blocks", "graphs", "offload", "quantize_embeddings"),
     *("gpu_peak_allocated_gib", "predicted_allocated_gib", "memory_error", "gpu_peak_reserved_gib"),
     *("step_s", "predicted_step_s"),
 )

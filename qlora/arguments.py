@@ -110,6 +110,7 @@ class TrainingArguments(SFTConfig):
         "block", "What the backward pass computes again (see qlora.optimize_model).", choices=list(RECOMPUTE)
     )
     kept_blocks: int = option(0, "So many of the last blocks keep everything instead: `qlora plan` proposes how many.")
+    offload: bool = option(False, "Keep what is kept for recomputation in pinned host memory.")
     report_to: str = option("none", "Trackers to report to besides the run folder ('wandb', 'tensorboard', ...).")
 
     def __post_init__(self) -> None:
@@ -179,6 +180,7 @@ class PlanArguments:
         "block", "What the backward pass computes again (see qlora.optimize_model).", choices=list(RECOMPUTE)
     )
     kept_blocks: int = option(0, "So many of the last blocks keep everything instead.")
+    offload: bool = option(False, "Keep what is kept for recomputation in pinned host memory.")
 
 
 def precision_of(training: Any) -> PrecisionPolicy:
@@ -277,8 +279,8 @@ def check_training(values: argparse.Namespace) -> list[str]:
             problems.append("packing and padding_free need the attention of qlora: leave attn_implementation out")
         if values.packing_strategy == "wrapped":
             problems.append("packing_strategy wrapped is not supported: it lets texts read across each other")
-    if values.attn_implementation and (values.recompute != "block" or values.kept_blocks):
-        problems.append("recompute and kept_blocks need the attention of qlora: leave attn_implementation out")
+    if values.attn_implementation and (values.recompute != "block" or values.kept_blocks or values.offload):
+        problems.append("recompute, kept_blocks and offload need the attention of qlora: leave attn_implementation out")
     if "lm_head" in values.lora_target_modules:
         problems.append("lora_target_modules: lm_head cannot have an adapter (TRL fuses it with the loss)")
     return problems

@@ -43,7 +43,7 @@ class Run:
         batch_size: texts at a time on the GPU.
         length: tokens a text.
         dtype: of activations and float weights.
-        recompute, kept_blocks: as in `optimize_model`.
+        recompute, kept_blocks, offload: as in `optimize_model`.
         graphs: as in `optimize_model`; it counts where `by_graphs` says so.
         double_quantization: 8-bit scales; float32 ones otherwise.
         quantize_embeddings: as in `NF4Config`.
@@ -58,6 +58,7 @@ class Run:
     graphs: bool = True
     double_quantization: bool = True
     quantize_embeddings: bool = False
+    offload: bool = False
     capability: tuple[int, int] = (7, 5)
 
     @property
@@ -67,7 +68,7 @@ class Run:
     @property
     def by_graphs(self) -> bool:
         """Whether the step is replayed as CUDA graphs."""
-        return self.graphs and self.capability >= LEAST_CAPABILITY and self.tokens <= MOST_TOKENS
+        return self.graphs and not self.offload and self.capability >= LEAST_CAPABILITY and self.tokens <= MOST_TOKENS
 
     def recomputed_blocks(self, layers: int) -> int:
         """Of a model's `layers`, those that the backward pass computes again."""
@@ -142,7 +143,7 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     per_token = run.tokens * size
     scale_bytes = 1 + 4 / 256 if run.double_quantization else 4
     recomputed = run.recomputed_blocks(shapes.layers)
-    inputs = recomputed * shapes.hidden * (2 if run.recompute == "parts" else 1) * per_token
+    inputs = 0 if run.offload else recomputed * shapes.hidden * (2 if run.recompute == "parts" else 1) * per_token
     whole = (shapes.layers - recomputed) * (shapes.saved_width + shapes.hidden) * per_token
     decoded = shapes.largest * size
     scores = EAGER_SCORE_FACTOR * run.batch_size * shapes.heads * run.length**2 * (size + 4) / 2 if shapes.eager else 0

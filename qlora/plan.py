@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
         dtype=policy.dtype,
         recompute=wanted.recompute,
         kept_blocks=wanted.kept_blocks,
+        offload=wanted.offload,
         graphs=can_optimize(model),
         double_quantization=model_arguments.use_bnb_nested_quant,
         quantize_embeddings=model_arguments.quantize_embeddings,

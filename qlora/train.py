@@ -106,8 +106,8 @@ def train(arguments: Arguments) -> RunResult:
             got=type(model).__name__,
             remedy="Leave --packing and --padding_free out.",
         )
-    if (training.recompute, training.kept_blocks) != ("block", 0):
-        optimize_model(model, recompute=training.recompute, kept_blocks=training.kept_blocks)
+    if (training.recompute, training.kept_blocks, training.offload) != ("block", 0, False):
+        optimize_model(model, recompute=training.recompute, kept_blocks=training.kept_blocks, offload=training.offload)
     prepare_model_for_training(model, gradient_checkpointing=training.gradient_checkpointing)
     settings = resolved(arguments)
     training.dataset_text_field = TEXT

@@ -25,8 +25,9 @@ def test_every_way_is_measured_beside_its_prediction(prompts_csv, tmp_path):
     rows = [json.loads(line) for line in only(tmp_path, ".jsonl").splitlines()]
     found = [(f"{row['batch']}x{row['length']}", row["recompute"], row["kept_blocks"]) for row in rows]
     cases = plan_check.CASES + plan_check.CASES_WITH_EMBEDDINGS
-    assert found == [(size, recompute, min(kept, 2)) for size, recompute, kept, _ in cases]
-    assert [row["quantize_embeddings"] for row in rows] == [number >= len(plan_check.CASES) for number in range(13)]
+    assert found == [(size, recompute, min(kept, 2)) for size, recompute, kept, *_ in cases]
+    assert [row["quantize_embeddings"] for row in rows] == [number >= len(plan_check.CASES) for number in range(14)]
+    assert [row["offload"] for row in rows] == [case[4] for case in cases]
     assert all(row["step_s"] > 0 and row["predicted_allocated_gib"] > 0 and row["commit"] == "abc" for row in rows)
     assert only(tmp_path, ".md").count("\n| ") == len(rows) + 2
 

@@ -8,8 +8,11 @@ from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from qkernels import aot
+from qkernels.tuning import LaunchConfig
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
 
 VOCABULARY = 1000
@@ -100,3 +103,18 @@ def test_no_tensor_of_all_logits_exists(name):
     with Largest() as largest, torch.autocast("cpu", torch.float16):
         model(**batch()).loss.backward()
     assert largest.elements >= ROWS * LENGTH * VOCABULARY
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_its_kernels_are_code_for_a_t4(direction):
+    """In float16 with the outputs that `SFTTrainer` asks for: no spills, no bfloat16, no product of their own."""
+    kernel = getattr(chunked_logprob, f"_{direction}_kernel")
+    kinds = {"mm_ptr": "*fp16", "targets_ptr": "*i64"} | dict.fromkeys(("logit_scale", "softcap", "inv_t"), "fp32")
+    kinds |= dict.fromkeys(("mm_stride", "vocab_start", "n_cols"), "i32")
+    flags = {"HAS_ENTROPY": True, "HAS_IS_TOP1": True, "HAS_LOGPROB_GRAD": True, "BLOCK_SIZE": 1024}
+    constants = {name: flags.get(name, False) for name in kernel.arg_names if name.isupper()}
+    signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if not name.isupper()}
+    config = LaunchConfig(rows=1, num_warps=4)  # Triton's default, which TRL leaves as it is
+    resources = aot.inspect(aot.Variant(f"TRL's {direction}", kernel, signature, constants, config), "sm_75")
+    assert resources.faults() == []
+    assert not resources.has_dot

@@ -65,6 +65,14 @@ def test_embeddings_in_4_bits_take_a_quarter_and_their_rows_at_the_loss(bloom):
     assert 1.1 < (before.total - after.total) / GIB < 1.42
 
 
+def test_what_is_offloaded_is_not_on_the_gpu(bloom):
+    before, after = (planned(bloom, 4, 512, offload=on, graphs=False) for on in (False, True))
+    assert before.checkpoints == 30 * 4096 * 4 * 512 * 2
+    assert after.checkpoints == 0
+    assert after.total == before.total - before.checkpoints
+    assert not Run(4, 512, torch.bfloat16, offload=True, capability=(9, 0)).by_graphs
+
+
 def test_the_trainable_parameters_are_those_of_peft(tmp_path):
     folder = save_tiny("llama", tmp_path)
     found = shapes_of(meta_model(str(folder)), LoraArguments(lora_r=3, lora_target_modules=["all-linear"]))
@@ -135,6 +143,6 @@ def test_the_plan_is_near_every_measured_peak(bloom):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[row["precision"]]
         capability = tuple(int(part) for part in row["capability"].split("."))
         way = (row["recompute"], row["kept_blocks"], row["graphs"])
-        embeddings = row.get("quantize_embeddings", False)  # not in the oldest records
-        run = Run(row["batch"], row["length"], dtype, *way, quantize_embeddings=embeddings, capability=capability)
+        others = {name: row.get(name, False) for name in ("quantize_embeddings", "offload")}  # not in the oldest
+        run = Run(row["batch"], row["length"], dtype, *way, **others, capability=capability)
         assert plan(shapes, run).allocated / GIB == pytest.approx(row["gpu_peak_allocated_gib"], rel=0.05), row

@@ -402,8 +402,9 @@ def test_what_is_recomputed_can_be_chosen(tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setattr("qlora.train.optimize_model", lambda model, **choice: chosen.append(choice))
     flags = train_flags(save_model("llama", tmp_path / "model"), tmp_path / "run")
-    assert main([*flags, "--kept_blocks", "1", "--recompute", "parts", "--num_train_epochs", "1"]) == 0
-    assert chosen == [{"recompute": "parts", "kept_blocks": 1}]
+    choice = ["--kept_blocks", "1", "--recompute", "parts", "--offload", "true"]
+    assert main([*flags, *choice, "--num_train_epochs", "1"]) == 0
+    assert chosen == [{"recompute": "parts", "kept_blocks": 1, "offload": True}]
 
 
 def test_recomputation_needs_our_attention(tmp_path, capsys):
