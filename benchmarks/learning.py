@@ -45,6 +45,7 @@ from .report import Row, file_stem, read_csv, write_csv
 LEARNING_RATE = 1e-3
 BATCH = 4
 MAX_LENGTH = 256
+MEASURED_ON = 40  # of the texts to train on, for QERA
 PLAIN, ZERO, QERA, EMBEDDINGS = "16 bits", "4 bits", "4 bits, QERA", "4 bits, embedding too"
 COLORS = {PLAIN: "#1f77b4", ZERO: "#d62728", QERA: "#2ca02c", EMBEDDINGS: "#ff7f0e"}
 
@@ -77,7 +78,7 @@ def rows_of(weights: str, folder: str, device: str, options: argparse.Namespace)
         data.TEXT_COLUMN,
     )
     set_seed(0)
-    model = adapted(load(weights, folder, device), weights, folder, list(texts[TEXT]), options)
+    model = adapted(load(weights, folder, device), weights, folder, texts[TEXT][:MEASURED_ON], options)
     with tempfile.TemporaryDirectory(prefix="learning-") as work:
         trainer = SFTTrainer(
             model=model,
