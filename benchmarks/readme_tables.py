@@ -72,6 +72,25 @@ def matmul(rows: list[Row]) -> Table:
     return (f"M; {shape[0]} x {shape[1]}, {rows[0]['dtype']}; µs", *shown, f"over {THEIRS}"), body
 
 
+def lora(rows: list[Row]) -> Table:
+    """Forward and backward pass of one layer with an adapter, a line for each weight and M."""
+    theirs, unquantized = f"{THEIRS} + peft", "torch + peft, 16 bits"
+    method = "graph" if any(row["method"] == "graph" for row in rows) else "wall"
+    found = [
+        row
+        for row in rows
+        if (row["op"], row["method"], row["dtype"], row["status"]) == ("lora", method, rows[0]["dtype"], "ok")
+    ]
+    body = []
+    for n, k, m in dict.fromkeys((row["rows"], row["columns"], row["m"]) for row in found):
+        times = {
+            row["provider"]: row["median_us"] for row in found if (row["rows"], row["columns"], row["m"]) == (n, k, m)
+        }
+        cells = (f"{times[one]:.1f}" for one in (OURS, theirs, unquantized))
+        body.append((f"{n} x {k}, M = {m}", *cells, f"{times[theirs] / times[OURS]:.2f}x"))
+    return (f"r = 16, {rows[0]['dtype']}; µs", OURS, theirs, unquantized, f"over {theirs}"), body
+
+
 def rivals(rows: list[Row]) -> Table:
     """A line for each operation and M, a column for each provider; a dash where it cannot run."""
     shown = [row for row in rows if row["op"] in ("quantize", "dequantize", "matmul")]
