@@ -19,11 +19,9 @@ from pathlib import Path
 
 import torch
 
-from qkernels.errors import UserError
-
 from . import data, report
 from .checkpoint import build_checkpoint
-from .command import add_model_flags, model_run, parser_of
+from .command import add_model_flags, model_run, parser_of, written
 from .jobs import Case, Job
 from .processes import run_job
 from .providers import DTYPES, PROVIDERS
@@ -39,14 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when every stack was asked, whether it managed or not; 2 on wrong arguments, or where nothing can be written.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        stem = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .jsonl")
-    return 0
+    return written(run, _parser().parse_args(arguments), "jsonl")
 
 
 def run(options: argparse.Namespace) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qkernels.errors import UserError
 from qlora.checkpoint import check_writable
 
 from . import data, report
@@ -25,6 +26,25 @@ def parser_of(name: str, description: str | None, out_required: bool = True) -> 
     parser.add_argument("--out", type=Path, required=out_required, help="folder for the results")
     parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser
+
+
+def written(run: Callable[[argparse.Namespace], Path], options: argparse.Namespace, suffix: str) -> int:
+    """Make a record and show its page.
+
+    Args:
+        run: makes it; returns its path without suffix.
+        suffix: of the rows, beside the page in Markdown.
+
+    Returns:
+        0, or 2 on wrong arguments, which `run` raises as UserError.
+    """
+    try:
+        stem = run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .{suffix}")
+    return 0
 
 
 def add_data_flag(parser: argparse.ArgumentParser) -> None:

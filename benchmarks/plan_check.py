@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qkernels.errors import UserError
 from qlora.arguments import LoraArguments
 from qlora.checkpoint import atomic_file
 from qlora.gpus import find_gpu
@@ -33,7 +32,7 @@ from qlora.shapes import meta_model, shapes_of
 
 from . import data, report
 from .checkpoint import build_checkpoint
-from .command import add_model_flags, model_run, parser_of
+from .command import add_model_flags, model_run, parser_of, written
 from .providers import DTYPES, PROVIDERS, lora_targets, training_arguments
 from .worker import StepClock
 
@@ -65,14 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 on wrong arguments.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        stem = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .jsonl")
-    return 0
+    return written(run, _parser().parse_args(arguments), "jsonl")
 
 
 def run(options: argparse.Namespace) -> Path:

@@ -23,14 +23,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
-from qkernels.errors import UserError
 from qlora.checkpoint import atomic_file
 from qlora.loading import load_pretrained_4bit
 from qlora.optimize import optimize_model
 
 from . import data, report
 from .checkpoint import build_checkpoint
-from .command import add_model_flags, model_run, parser_of
+from .command import add_model_flags, model_run, parser_of, written
 from .providers import DTYPES, PROVIDERS, Provider, training_arguments
 
 # The first pattern that a kernel's name matches decides.
@@ -202,14 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 on wrong arguments.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        stem = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\nwritten: {stem}.md and .csv")
-    return 0
+    return written(run, _parser().parse_args(arguments), "csv")
 
 
 def run(options: argparse.Namespace) -> Path:
