@@ -16,7 +16,8 @@ from .adapter import Drop, adapter_gradients
 from .autograd import matmul_dx
 from .dispatch import Weight
 from .dropout import threshold_and_scale
-from .functional import autocast_dtype, weight_of
+from .functional import autocast_dtype
+from .known import weight_of
 from .ops import in_eager_mode, operator
 from .quant_state import QuantState
 

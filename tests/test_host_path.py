@@ -17,7 +17,7 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.driver import CudaLauncher
 
-from qkernels import UserError, functional, matmul_4bit, ops, ops_cuda
+from qkernels import UserError, functional, known, matmul_4bit, ops, ops_cuda
 from qkernels.kernels import _launch, matmul_skinny
 from qkernels.kernels._launch import Launcher
 from qlora import Linear4bit
@@ -226,7 +226,7 @@ def test_as_many_kinds_of_x_as_there_are_lengths_are_not_kept(layer, compiled):
     for rows in range(1, 31):
         for shape in ((rows,), (rows, 1), (1, rows), (1, rows, 1)):
             layer(given(*shape, K))
-    assert len(layer.weight.quant_state.checked.plans) <= functional._MOST_PLANS
+    assert len(layer.weight.quant_state.checked.plans) <= known._MOST_PLANS
 
 
 def test_several_threads_launch_their_own(layer, compiled):

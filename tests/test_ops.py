@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from qkernels import quantize_4bit, quantize_blockwise
-from qkernels.functional import _scales
+from qkernels.known import scales_of
 from qkernels.ops import SCHEMAS
 
 OPS = torch.ops.qkernels
@@ -15,7 +15,7 @@ OPS = torch.ops.qkernels
 
 def weight(nested: bool):
     packed, state = quantize_4bit(torch.randn(24, 40), quant_type="nf4", compress_statistics=nested)
-    scales, nested_scales = _scales(state)
+    scales, nested_scales = scales_of(state)
     return (packed.view(-1), state.shape, scales, 64, "nf4"), nested_scales
 
 
