@@ -38,7 +38,7 @@ KINDS = (
     ("attention", r"fmha|flash|attention|sdpa|softmax"),
     ("adapters, where apart", r"_lora_"),
     ("decoding", r"dequant"),
-    ("products", r"gemm|nvjet|cutlass|xmma|matmul|wgmma|skinny|sum_parts|splitk|\bmm\b|addmm"),
+    ("products", r"gemm|nvjet|cutlass|xmma|matmul|wgmma|skinny|splitk|\bmm\b|addmm"),
     ("loss", r"_forward_kernel|_backward_kernel|nll_loss|cross_entropy"),
     ("normalization", r"layer_?norm|rms_?norm|GammaBeta"),
     ("activation", r"gelu|silu|tanh"),

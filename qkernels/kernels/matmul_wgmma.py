@@ -1,16 +1,14 @@
-"""The 4-bit product on Hopper's tensor cores for tens to hundreds of rows, y = x W^T and backward dx = dy W.
+"""The 4-bit product on Hopper's tensor cores for tens of rows and more, y = x W^T and backward dx = dy W.
 
-The transposed product is computed, out^T[R, M] = W x^T (backward: W^T dy^T), because a wgmma instruction may take its
-first operand from registers: a thread decodes W straight into its fragment of the operand, and no decoded weight is
-written anywhere.  x comes into shared memory by TMA as the second operand.  The contraction goes in steps of 64, one
-quantization block of W's row, so a step has one scale a row.
+The transposed product is computed, out^T[R, M] = W x^T (backward: W^T dy^T), in steps of 64 of the contraction, one
+quantization block of W's row.  Warps are of two kinds.  Those that produce ask for x by TMA and decode W into shared
+memory; those that consume only multiply what is there, so tensor cores never wait for decoding, which takes less time
+than a product of 128 columns or more.  Barriers in shared memory say what is full and what is empty.
 
-A wgmma with an operand in registers keeps its warps at the instruction until the operand is read.  So two warp groups
-take turns: every step has two barriers, one before decoding and one before multiplying, and the second group runs one
-barrier behind the first.  One decodes while the other multiplies.
-
-Tiles of the output that do not fill the GPU's multiprocessors evenly are split along the contraction, in `parts` of
-equal length, which a second kernel adds in a fixed order: two runs give the same bits.
+Programs are as many as multiprocessors, and share all steps of all tiles evenly: each takes the steps from where the
+one before it ends, in turns of STAGES, so a tile may lie with several.  The program that has a tile's beginning adds
+the others' parts, in order: two runs give the same bits.  It waits for programs with higher numbers only, and they
+compute what it waits for first; so as long as programs are started in order, none waits for one that cannot start.
 """
 
 from __future__ import annotations
@@ -28,59 +26,216 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..format import NESTED_BLOCKSIZE, byte_table
-from ..tuning import LaunchConfig
 from ..tuning.wgmma import WgmmaConfig
-from ._adapter import add_adapter, inner_memory, store_inner
+from ._adapter import INNER_LAYOUT, add_adapter, store_inner
 from ._launch import Launcher
 from ._wgmma import (
-    TAKE_TURNS,
+    STEP,
     block_barrier,
-    copy_bytes,
-    copying_layout,
-    decode_columns,
-    decode_rows,
-    fill_table,
-    half_a_turn,
-    in_order_of_k,
+    copy_words,
+    decode,
+    first_turn,
+    give_part,
     load_scales,
     load_tile,
     look_up,
-    packed_layout,
-    reading_layout,
+    place,
     scaling_layout,
-    storing_layout,
-    sum_parts_kernel,
+    share,
+    store_pairs,
+    store_scales,
+    store_tile,
+    take_part,
+    words_layout,
 )
 
-W_STAGES = gl.constexpr(8)
-W_AHEAD = gl.constexpr(
-    5
-)  # steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache
+
+@gluon.jit
+def _produce(
+    x_desc,
+    packed_ptr,
+    absmax_ptr,
+    absmax_8bit_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    M,
+    N,
+    K,
+    xs,
+    weights,
+    words,
+    scales,
+    x_full,
+    w_full,
+    empty,
+    BACKWARD: gl.constexpr,
+    NESTED: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    NF4: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+    DECODED: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Fill shared memory: x, and W decoded, for every step of the program."""
+    LINES: gl.constexpr = words[0].shape[0]
+    BLOCKS: gl.constexpr = words[0].shape[1]
+    PER_SCALE: gl.constexpr = QUANT_BLOCK // STEP
+    SCALES: gl.constexpr = (STAGES, LINES, BLOCKS)
+    reading: gl.constexpr = words_layout(BACKWARD, WARPS)
+    scaling: gl.constexpr = scaling_layout(BACKWARD, WARPS)
+    scaled: gl.constexpr = gl.SliceLayout(2, reading)
+    blocks = K // STEP
+    all_turns, tile_turns, across = share(M, N, K, BACKWARD, ROWS, COLUMNS, STAGES)
+    begin = first_turn(gl.program_id(0), all_turns)
+    end = first_turn(gl.program_id(0) + 1, all_turns)
+
+    row0, column0, step0 = place(begin, tile_turns, across, ROWS, COLUMNS, STAGES)
+    index, stored = load_scales(
+        absmax_ptr, absmax_8bit_ptr, row0, step0, True, N, blocks, BACKWARD, NESTED, PER_SCALE, SCALES, scaling
+    )
+    for s in gl.static_range(STAGES - DECODED):
+        mbarrier.expect(x_full.index(s), COLUMNS * STEP * 2)
+        load_tile(x_desc, [column0, (step0 + s) * STEP], x_full.index(s), xs.index(s))
+    for s in gl.static_range(STAGES):
+        copy_words(words[s], packed_ptr, row0, step0 + s, True, N, blocks, BACKWARD, reading)
+    offset = 0.0
+    if NESTED:
+        offset = gl.load(absmax_offset_ptr)
+    store_scales(scales.index(0), look_up(absmax_code_ptr, index, NESTED), stored, offset, NESTED)
+    next_row0, next_column0, next_step0 = place(begin + 1, tile_turns, across, ROWS, COLUMNS, STAGES)
+    async_copy.wait_group(STAGES - 1)
+    block_barrier()
+    word = words[0].load(reading)
+    scale = scales.index(0).slice(0, LINES, 0).load(scaled)
+    for turn in range(begin, end):
+        parity = (turn - begin) & 1
+        more = turn + 1 < end
+        index, stored = load_scales(
+            absmax_ptr,
+            absmax_8bit_ptr,
+            next_row0,
+            next_step0,
+            more,
+            N,
+            blocks,
+            BACKWARD,
+            NESTED,
+            PER_SCALE,
+            SCALES,
+            scaling,
+        )
+        for s in gl.static_range(STAGES):
+            pairs = decode(word, scale, x_desc.dtype, NF4)
+            # The product of DECODED steps ago is done: its weights may be overwritten, and its x, by a later step's.
+            if s < DECODED:
+                mbarrier.wait(empty.index((s - DECODED) % STAGES), parity ^ 1, pred=turn > begin)
+            else:
+                mbarrier.wait(empty.index(s - DECODED), parity)
+            asked = (s < DECODED) | more
+            mbarrier.expect(x_full.index((s - DECODED) % STAGES), COLUMNS * STEP * 2, pred=asked)
+            store_pairs(weights.index(s % DECODED), pairs)
+            async_copy.wait_group(STAGES - 2)
+            block_barrier()
+            mbarrier.arrive(w_full.index(s), count=1)
+            x_at = [column0, (step0 + STAGES - DECODED + s) * STEP]
+            if s >= DECODED:
+                x_at = [next_column0, (next_step0 + s - DECODED) * STEP]
+            load_tile(x_desc, x_at, x_full.index((s - DECODED) % STAGES), xs.index((s - DECODED) % STAGES), pred=asked)
+            copy_words(words[s], packed_ptr, next_row0, next_step0 + s, more, N, blocks, BACKWARD, reading)
+            # For the next step: what a thread reads of W it has copied itself.
+            word = words[(s + 1) % STAGES].load(reading)
+            if s < STAGES - 1:
+                scale = scales.index(parity).slice((s + 1) * LINES, LINES, 0).load(scaled)
+            else:
+                scale = scales.index(1 - parity).slice(0, LINES, 0).load(scaled)
+            # What a load gave is used some steps later, when it has come.
+            if s == STAGES // 2 - 1:
+                code = look_up(absmax_code_ptr, index, NESTED)
+            if s == STAGES - 2:
+                store_scales(scales.index(1 - parity), code, stored, offset, NESTED)
+        row0, column0, step0 = next_row0, next_column0, next_step0
+        next_row0, next_column0, next_step0 = place(turn + 2, tile_turns, across, ROWS, COLUMNS, STAGES)
+    async_copy.wait_group(0)
 
 
 @gluon.jit
-def _store_tile(acc, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl.constexpr, layout: gl.constexpr):
-    """Write to out[M, R], with the bias."""
-    r = row0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
-    m = column0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    value = gl.convert_layout(acc, layout)
-    if HAS_BIAS:
-        value += gl.load(bias_ptr + r, mask=r < R, other=0.0).to(gl.float32)[:, None]
-    at = out_ptr + m.to(gl.int64)[None, :] * R + r[:, None]
-    gl.store(at, value.to(out_ptr.dtype.element_ty), mask=(r < R)[:, None] & (m < M)[None, :])
+def _consume(
+    bias_ptr,
+    out_ptr,
+    parts_ptr,
+    flags_ptr,
+    w_ptr,
+    inner_ptr,
+    M,
+    N,
+    K,
+    r,
+    xs,
+    weights,
+    inner,
+    x_full,
+    w_full,
+    empty,
+    BACKWARD: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+    DECODED: gl.constexpr,
+    RANK: gl.constexpr,
+    INNER_PARTS: gl.constexpr,
+):
+    """Multiply step by step, and write each tile, or give its part to the program that writes it."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, COLUMNS, 16])
+    R = K if BACKWARD else N
+    all_turns, tile_turns, across = share(M, N, K, BACKWARD, ROWS, COLUMNS, STAGES)
+    program = gl.program_id(0)
+    begin = first_turn(program, all_turns)
+    end = first_turn(program + 1, all_turns)
+    turn = begin
+    while turn < end:
+        tile_end = (turn // tile_turns + 1) * tile_turns
+        stop = gl.minimum(tile_end, end)
+        row0, column0, step0 = place(turn, tile_turns, across, ROWS, COLUMNS, STAGES)
+        acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        if RANK:  # noqa: SIM102 (what is not compiled, and what is not run)
+            if step0 == 0:  # once a tile
+                store_inner(inner_ptr, inner, column0, M, INNER_PARTS, ROWS // 16)
+                block_barrier()
+                acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, gl.DotOperandLayout(0, mma, 2))
+        acc = warpgroup_mma_init(acc)
+        for step in range(turn * STAGES, stop * STAGES):
+            slot = step % STAGES
+            parity = (step // STAGES - begin) & 1
+            mbarrier.wait(x_full.index(slot), parity)
+            mbarrier.wait(w_full.index(slot), parity)
+            # For what the others have stored.  Theirs would wait for the loads that they have under way.
+            fence_async_shared()
+            w = weights.index(slot % DECODED)
+            w = w.permute((1, 0)) if BACKWARD else w
+            acc = warpgroup_mma(w, xs.index(slot).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > turn * STAGES)
+        done = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(STAGES - 1), count=1)
+        if step0 == 0 or not SPLIT:
+            if SPLIT:
+                given = stop
+                giver = program
+                while given < tile_end:
+                    giver += 1
+                    done = take_part(done, parts_ptr, flags_ptr, giver, mma)
+                    given = first_turn(giver + 1, all_turns)
+            store_tile(done, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, mma)
+        elif SPLIT:
+            give_part(done, parts_ptr, flags_ptr, program, mma)
+        turn = stop
 
 
-@gluon.jit
-def _store_part(acc, parts_ptr, part, layout: gl.constexpr):
-    """Write float32[COLUMNS, ROWS] at its place among the parts."""
-    row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))[None, :]
-    start = parts_ptr + part.to(gl.int64) * (acc.shape[0] * acc.shape[1])
-    gl.store(start + column * acc.shape[0] + row, gl.convert_layout(acc, layout))
-
-
-@gluon.jit(do_not_specialize=["M", "whole_tiles", "parts", "part_steps", "r"])
+@gluon.jit(do_not_specialize=["M", "r"])
 def _matmul_wgmma_kernel(
     x_desc,
     packed_ptr,
@@ -88,237 +243,89 @@ def _matmul_wgmma_kernel(
     absmax_8bit_ptr,
     absmax_code_ptr,
     absmax_offset_ptr,
-    table_ptr,
     bias_ptr,
     out_ptr,
     parts_ptr,
+    flags_ptr,
     w_ptr,
     inner_ptr,
     M,
     N,
     K,
-    whole_tiles,
-    parts,
-    part_steps,
     r,
     BACKWARD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
+    SPLIT: gl.constexpr,
     QUANT_BLOCK: gl.constexpr,
+    NF4: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
+    DECODED: gl.constexpr,
+    DECODING_WARPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
     RANK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
 ):
-    DTYPE: gl.constexpr = x_desc.dtype
-    WARPS: gl.constexpr = ROWS // 16
-    GROUPS: gl.constexpr = ROWS // 64
-    PER_SCALE: gl.constexpr = QUANT_BLOCK // 64
-    blocks = K // 64  # of 64 weights a row of W
-    R = K if BACKWARD else N
-    all_steps = (N + 63) // 64 if BACKWARD else blocks
-
-    # The unit: a whole tile, or a part of one of the tiles after those.
-    unit = gl.program_id(0)
-    whole = unit < whole_tiles
-    tile = unit
-    first = 0
-    steps = all_steps
-    if not whole:
-        unit = unit - whole_tiles
-        tile = whole_tiles + unit // parts
-        first = unit % parts * part_steps
-        steps = gl.minimum(part_steps, all_steps - first)
-    turns = gl.maximum((steps + STAGES - 1) // STAGES, 1)
-    tiles_of_columns = (M + COLUMNS - 1) // COLUMNS
-    row0 = tile // tiles_of_columns * ROWS
-    column0 = tile % tiles_of_columns * COLUMNS
-
+    LINES: gl.constexpr = STEP if BACKWARD else ROWS
+    BLOCKS: gl.constexpr = ROWS // STEP if BACKWARD else 1
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, COLUMNS, STEP], x_desc.layout)
+    weights = gl.allocate_shared_memory(x_desc.dtype, [DECODED, LINES, BLOCKS * STEP], swizzled)
     # One allocation a stage, so that Gluon sees which of them an instruction touches and adds no barrier.
-    xs = ()
-    arrived = ()
+    words = ()
     for _ in gl.static_range(STAGES):
-        xs += (gl.allocate_shared_memory(DTYPE, [COLUMNS, 64], x_desc.layout),)  # type: ignore[assignment]
-        arrived += (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)  # type: ignore[assignment]
+        words += (  # type: ignore[assignment]
+            gl.allocate_shared_memory(
+                gl.int32, [LINES, BLOCKS, STEP // 8], gl.SwizzledSharedLayout(4, 1, 1, [2, 1, 0])
+            ),
+        )
+    scales = gl.allocate_shared_memory(
+        gl.float32, [2, STAGES * LINES, BLOCKS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    inner = xs  # not read
+    if RANK:
+        inner = gl.allocate_shared_memory(x_desc.dtype, [RANK // 16, COLUMNS, 16], INNER_LAYOUT)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(arrived[s], count=1)
+        mbarrier.init(x_full.index(s), count=1)
+        mbarrier.init(w_full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
     fence_async_shared()
     block_barrier()
-    for s in gl.static_range(STAGES - 2):
-        mbarrier.expect(arrived[s], COLUMNS * 128)
-        load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
-
-    copying: gl.constexpr = copying_layout(ROWS, BACKWARD)
-    ws = gl.allocate_shared_memory(
-        gl.uint8,
-        [W_STAGES, 64 if BACKWARD else ROWS, ROWS // 2 if BACKWARD else 32],
-        packed_layout(ROWS, BACKWARD),
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (
+                bias_ptr, out_ptr, parts_ptr, flags_ptr, w_ptr, inner_ptr, M, N, K, r, xs, weights, inner,
+                x_full, w_full, empty,
+                BACKWARD, HAS_BIAS, SPLIT, ROWS, COLUMNS, STAGES, DECODED, RANK, INNER_PARTS,
+            )),
+            (_produce, (
+                x_desc, packed_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, M, N, K,
+                xs, weights, words, scales, x_full, w_full, empty,
+                BACKWARD, NESTED, QUANT_BLOCK, NF4, ROWS, COLUMNS, STAGES, DECODED, DECODING_WARPS,
+            )),
+        ],
+        [DECODING_WARPS],
+        [REGISTERS],
     )
-    line = gl.arange(0, 64 if BACKWARD else ROWS, gl.SliceLayout(1, copying))[:, None]
-    byte = gl.arange(0, ROWS // 2 if BACKWARD else 32, gl.SliceLayout(0, copying))[None, :]
-    LINES: gl.constexpr = 64 if BACKWARD else 0  # rows of W from step to step
-    if BACKWARD:
-        line += first * 64
-        byte += row0 // 2
-    else:
-        line += row0
-        byte += first * 32
-    row_bytes = blocks * 32
-    copied = line.to(gl.int64) * row_bytes + byte
-    step_bytes = blocks.to(gl.int64) * 2048 if BACKWARD else 32
-    for s in gl.static_range(W_AHEAD):
-        copy_bytes(
-            ws.index(s),
-            packed_ptr + copied + s * step_bytes,
-            mask=(line + s * LINES < N) & (byte < row_bytes) & (s < steps),
-        )
-        async_copy.commit_group()
-
-    # Scales of STAGES steps at a time, [rows of n, blocks of k], are loaded, looked up and stored in three stages.
-    scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
-    scales = gl.allocate_shared_memory(
-        gl.float32,
-        [2, STAGES * 64 if BACKWARD else ROWS, GROUPS if BACKWARD else STAGES],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 0] if BACKWARD else [0, 1]),
-    )
-    n = gl.arange(0, STAGES * 64 if BACKWARD else ROWS, gl.SliceLayout(1, scaling))[:, None]
-    block = gl.arange(0, GROUPS if BACKWARD else STAGES, gl.SliceLayout(0, scaling))[None, :]
-    if BACKWARD:
-        n += first * 64
-        block += row0 // 64
-    else:
-        n += row0
-        block += first
-    n_turn: gl.constexpr = STAGES * 64 if BACKWARD else 0
-    block_turn: gl.constexpr = 0 if BACKWARD else STAGES
-    n_end = gl.minimum(N, (first + steps) * 64) if BACKWARD else N
-    block_end = blocks if BACKWARD else first + steps
-    offset = 0.0
-    if NESTED:
-        offset = gl.load(absmax_offset_ptr)
-    index, stored = load_scales(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        (n * blocks + block) // PER_SCALE,
-        (n < n_end) & (block < block_end),
-        NESTED,
-        NESTED_BLOCK,
-    )
-    table = fill_table(table_ptr, WARPS)
-    code = look_up(absmax_code_ptr, index, NESTED)
-    scales.index(0).store(code * stored + offset if NESTED else stored)
-    n += n_turn
-    block += block_turn
-    index, stored = load_scales(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        (n * blocks + block) // PER_SCALE,
-        (n < n_end) & (block < block_end),
-        NESTED,
-        NESTED_BLOCK,
-    )
-
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    reading: gl.constexpr = reading_layout(ROWS, BACKWARD)
-    acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-    held = gl.zeros((ROWS, 64), DTYPE, operand)
-    if RANK:
-        # Stages of x that nothing is loaded into yet have room for an adapter's part.
-        inner = inner_memory(xs[STAGES - 1], RANK)
-        store_inner(inner_ptr, inner, column0, first, M, INNER_PARTS, WARPS)
-    block_barrier()
-    if RANK:
-        acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
-    acc = warpgroup_mma_init(acc)
-    if TAKE_TURNS:
-        half_a_turn(1)
-    for turn in range(turns):
-        for s in gl.static_range(STAGES):
-            step = turn * STAGES + s
-            # Copies up to the next step's have landed: the other group, half a turn behind or ahead, made some of them.
-            async_copy.wait_group(W_AHEAD - 2)
-            block_barrier()
-            asked = step + STAGES - 2 < turns * STAGES
-            mbarrier.expect(arrived[(s + STAGES - 2) % STAGES], COLUMNS * 128, pred=asked)
-            if BACKWARD:
-                weights = decode_columns(
-                    ws.index(step % W_STAGES),
-                    scales.index(turn % 2).slice(s * 64, 64, 0),
-                    table,
-                    reading,
-                    operand,
-                    DTYPE,
-                )
-            else:
-                weights = decode_rows(
-                    ws.index(step % W_STAGES), scales.index(turn % 2).slice(s, 1, 1), table, reading, operand, DTYPE
-                )
-            block_barrier()
-            # Both groups have done with the product of two steps ago, so its stage is free.
-            load_tile(
-                x_desc,
-                [column0, (first + step + STAGES - 2) * 64],
-                arrived[(s + STAGES - 2) % STAGES],
-                xs[(s + STAGES - 2) % STAGES],
-                pred=asked,
-            )
-            later = step + W_AHEAD
-            copy_bytes(
-                ws.index(later % W_STAGES),
-                packed_ptr + copied + later * step_bytes,
-                mask=(line + later * LINES < N) & (byte < row_bytes) & (later < steps),
-            )
-            async_copy.commit_group()
-            mbarrier.wait(arrived[s], turn & 1)
-            acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
-            # The operand in flight stays in its registers until its product is done.
-            acc, held = warpgroup_mma_wait(1, deps=[acc, held])
-            acc = warpgroup_mma_init(acc)
-            held = weights
-            if s == STAGES // 2 - 1:
-                code = look_up(absmax_code_ptr, index, NESTED)
-            if s == STAGES - 2:
-                # One step before the end, so that it is there for the group that is ahead.
-                scales.index((turn + 1) % 2).store(code * stored + offset if NESTED else stored)
-                n += n_turn
-                block += block_turn
-                index, stored = load_scales(
-                    absmax_ptr,
-                    absmax_8bit_ptr,
-                    (n * blocks + block) // PER_SCALE,
-                    (n < n_end) & (block < block_end),
-                    NESTED,
-                    NESTED_BLOCK,
-                )
-    if TAKE_TURNS:
-        half_a_turn(0)
-    acc, held = warpgroup_mma_wait(0, deps=[acc, held])
-    async_copy.wait_group(0)
-    acc = in_order_of_k(acc) if BACKWARD else acc
-    storing: gl.constexpr = storing_layout(ROWS)
-    if whole:
-        _store_tile(acc, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, storing)
-    elif SPLIT:
-        _store_part(acc, parts_ptr, unit, storing)
+    # fmt: on
 
 
-_launch = Launcher(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
-_launch_sum = Launcher(sum_parts_kernel)
-SUM_CONFIG = LaunchConfig(rows=1, num_warps=4)
+_launch = Launcher(_matmul_wgmma_kernel, views={0: torch.int32}, enable_fp_fusion=False)
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
-_SUM_COLUMNS = 16
 
 
 def wgmma_constants(
     config: WgmmaConfig,
     blocksize: int,
+    quant_type: str,
     nested: bool,
     has_bias: bool,
-    split: bool,
     backward: bool,
     inner_shape: tuple[int, int] = (0, 0),
 ) -> dict[str, object]:
@@ -327,25 +334,17 @@ def wgmma_constants(
         "BACKWARD": backward,
         "HAS_BIAS": has_bias,
         "NESTED": nested,
-        "NESTED_BLOCK": NESTED_BLOCKSIZE,
+        "SPLIT": config.split,
         "QUANT_BLOCK": blocksize,
+        "NF4": quant_type == "nf4",
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "STAGES": config.stages,
-        "SPLIT": split,
+        "DECODED": config.decoded,
+        "DECODING_WARPS": config.decoding_warps,
+        "REGISTERS": config.registers,
         "RANK": inner_shape[1],
         "INNER_PARTS": inner_shape[0],
-    }
-
-
-def sum_constants(config: WgmmaConfig, has_bias: bool) -> dict[str, object]:
-    """The compile-time arguments of the kernel that adds the parts, in its order."""
-    return {
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PARTS": config.parts,
-        "PIECE": _SUM_COLUMNS,
-        "HAS_BIAS": has_bias,
     }
 
 
@@ -380,43 +379,22 @@ def matmul_wgmma_triton(
         adapter: (B [N, r], u) for x W^T + u B^T, backward (A [r, K], v) for x W + v A; u and v as `lora_down_triton`
             gives them, of a rank up to 64.
     """
-    (N, K), (M, R) = shape, out.shape
+    (N, K), M = shape, out.shape[0]
     w, inner, r, inner_shape = None, None, 0, (0, 0)
     if adapter is not None:
         w, inner = adapter
         r, inner_shape = w.shape[0 if backward else 1], (inner.shape[0], inner.shape[2])
+    parts = flags = None
+    if config.split:
+        parts = torch.empty(config.programs * config.rows * config.columns, dtype=torch.float32, device=x.device)
+        flags = torch.zeros(config.programs, dtype=torch.int32, device=x.device)
     has_bias, nested = bias is not None, absmax_8bit is not None
-    tiles_of_columns = -(-M // config.columns)
-    split_tiles = tiles_of_columns * -(-R // config.rows) - config.whole_tiles
-    parts = None
-    if split_tiles:
-        size = split_tiles * config.parts * config.rows * config.columns
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
+    constants = wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, inner_shape)
     _launch(
-        (config.whole_tiles + split_tiles * config.parts, 1, 1),
-        (
-            packed,
-            absmax,
-            absmax_8bit,
-            absmax_code,
-            absmax_offset,
-            byte_table(quant_type, x.device),
-            bias,
-            out,
-            parts,
-            w,
-            inner,
-        ),
-        (M, N, K, config.whole_tiles, config.parts, config.part_steps, r),
-        tuple(wgmma_constants(config, blocksize, nested, has_bias, parts is not None, backward, inner_shape).values()),
+        (config.programs, 1, 1),
+        (packed, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out, parts, flags, w, inner),
+        (M, N, K, r),
+        tuple(constants.values()),
         config,
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),
     )
-    if parts is not None:
-        _launch_sum(
-            (split_tiles, config.columns // _SUM_COLUMNS, 1),
-            (parts, bias, out),
-            (M, R, config.whole_tiles, tiles_of_columns),
-            tuple(sum_constants(config, has_bias).values()),
-            SUM_CONFIG,
-        )
