@@ -108,7 +108,9 @@ def test_unchanged_code_computes_what_nf4config_computes(tmp_path):
         assert module == "bitsandbytes.nn.modules"
         ours, module = step(qlora.NF4Config())
         assert module == "qlora.linear4bit"
-        assert theirs == ours and theirs[2] < theirs[0]
+        assert theirs[0] == ours[0] and theirs[2] < theirs[0]
+        # The layer adds its adapter's gradient to its own before autograd adds those of the layers beside it.
+        torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
         """,
         str(folder),
     )
