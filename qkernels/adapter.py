@@ -36,6 +36,23 @@ def adapter_gradients(
     return grad_x, _mm_float32(grad_inner.t(), x2), _mm_float32(grad2.t(), inner) * scaling
 
 
+def gradients_of_both(
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    drop: Drop,
+    product_dx: Callable[[], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator `lora_4bit_backward` returns, of an adapter beside a product whose gradient of x is asked for;
+    None is not wanted, and then that of x is empty."""
+    dx, grad_A, grad_B = adapter_gradients(grad, x, inner, lora_A, lora_B, scaling, drop)
+    dx = grad.new_empty(0) if product_dx is None else dx.add_(product_dx())
+    return dx, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+
+
 def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32: a sum over thousands of tokens, times the loss scale, leaves float16's range."""
     if a.dtype in (torch.float32, torch.float64):

@@ -7,12 +7,13 @@ written first and the product added to it, which reads the output once; the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import Drop, adapter_gradients, add_adapter_
+from .adapter import Drop, add_adapter_, gradients_of_both
 from .dispatch import ADAPTER_APART, ADAPTER_JOINED, DEQUANTIZE, choose, choose_adapter
 from .kernels.lora import Dropout, lora_down_triton, lora_grads_triton, lora_up_triton
 from .ops_cuda import (
@@ -94,10 +95,8 @@ def lora_4bit_backward(
     drop = None if seed is None else (seed, threshold, kept_scale)
     weight = (B, shapeB, absmax, blocksize, quant_type)
     if how == ADAPTER_APART:
-        dx, grad_A, grad_B = adapter_gradients(grad, x, inner, lora_A, lora_B, scaling, _drop(drop))
-        if needs_dx:
-            dx += gemm_4bit_dx(grad, *weight, *nested)
-        return dx, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+        product_dx = partial(gemm_4bit_dx, grad, *weight, *nested) if needs_dx else None
+        return gradients_of_both(grad, x, inner, lora_A, lora_B, scaling, _drop(drop), product_dx)
     M, N, K = product[:3]
     rows, x_rows = contiguous_and_aligned(grad).view(M, N), contiguous_and_aligned(x).view(M, K)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()

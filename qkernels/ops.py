@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import Drop, adapter_gradients, add_adapter_
+from .adapter import Drop, add_adapter_, gradients_of_both
 from .dense import linear
 from .dispatch import Plan, Weight, capability_of, inner_form
 from .dropout import dropout_reference
@@ -311,12 +312,11 @@ def _(
     needs_dA: bool,
     *nested: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    product_dx = partial(
+        torch.ops.qkernels.gemm_4bit_dx.default, grad, B, shapeB, absmax, blocksize, quant_type, *nested
+    )
     drop = _drop(seed, threshold, kept_scale)
-    dA, *factors = adapter_gradients(grad, A, inner, lora_A, lora_B, scaling, drop)
-    if needs_dA:
-        dA += torch.ops.qkernels.gemm_4bit_dx.default(grad, B, shapeB, absmax, blocksize, quant_type, *nested)
-    grad_A, grad_B = (factor.to(like.dtype) for factor, like in zip(factors, (lora_A, lora_B), strict=True))
-    return dA if needs_dA else grad.new_empty(0), grad_A, grad_B
+    return gradients_of_both(grad, A, inner, lora_A, lora_B, scaling, drop, product_dx if needs_dA else None)
 
 
 # Triton exists on Linux only; elsewhere the CPU operators above are all there is.

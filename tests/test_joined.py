@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qkernels
 from qkernels import UserError, matmul_4bit, matmul_4bit_lora, quantize_4bit, seeded_dropout
+from qkernels.adapter import adapter_gradients, gradients_of_both
 from qkernels.dispatch import (
     ADAPTER_APART,
     ADAPTER_BESIDE,
@@ -56,6 +57,25 @@ def test_what_needs_no_gradient_is_spared():
     assert A.grad is not None
     with torch.no_grad():
         assert not matmul_4bit_lora(x, packed, state, A, B, 0.5).requires_grad
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_gradient_of_x_beside_an_adapters_is_made_only_where_it_is_asked_for(wanted):
+    _, _, (x, _, A, B) = operands()
+    asked = []
+
+    def product_dx():
+        asked.append(True)
+        return torch.ones_like(x)
+
+    inner, grad = torch.randn(10, R), torch.randn(2, 5, N)
+    arguments = (grad, x.detach(), inner, A.detach(), B.detach(), 0.5, lambda t: t)
+    dx, grad_A, grad_B = gradients_of_both(*arguments, product_dx if wanted else None)
+    assert asked == [True] * wanted
+    expected, *factors = adapter_gradients(*arguments)
+    assert torch.equal(dx, expected + 1 if wanted else torch.empty(0))
+    assert torch.equal(grad_A, factors[0])
+    assert torch.equal(grad_B, factors[1])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -19,7 +19,6 @@ _LOAD_IF = gl.constexpr(
     " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
     " @inside ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
 )
-_LOAD_SHARED_PAIR = gl.constexpr("ld.shared.v2.f32 {$0, $1}, [$2];")
 _STORE_SHARED_PAIR = gl.constexpr("{ st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }")
 _FROM_LANE = gl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 _SWAP = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
@@ -98,13 +97,6 @@ def shared_address(thread):
 def load_shared(address):
     return gl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=gl.float32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def load_shared_pair(address):
-    return gl.inline_asm_elementwise(
-        _LOAD_SHARED_PAIR, "=f,=f,r", [address], dtype=[gl.float32] * 2, is_pure=False, pack=1
     )
 
 
