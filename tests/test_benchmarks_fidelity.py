@@ -33,6 +33,7 @@ def test_every_stack_takes_the_same_steps(prompts_csv, tmp_path):
         )
     ]
     assert all(row["largest_loss_difference"] < 1e-4 for row in rows if row["verdict"] == "same")
+    assert all(row["largest_loss_error"] < 1e-4 for row in rows if row["verdict"] == "same")
     assert all(row["grad_A_error"] < 1e-4 and row["grad_B_error"] < 1e-4 for row in rows if row["verdict"] == "same")
 
 
@@ -51,3 +52,18 @@ def test_a_loss_that_is_not_finite_is_found(monkeypatch):
     monkeypatch.setattr(fidelity, "adapted", lambda model, state: torch.nn.Linear(1, 1))
     row = fidelity.stability(Path(), "cpu", [{}], 2)
     assert row["verdict"] == "a loss is not finite"
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "same"),
+        ({"largest_loss_difference": 1.1e-3}, "nearer to float32"),
+        ({"largest_loss_difference": 1.1e-3, "largest_loss_error": 2.1e-3}, "differs"),
+        ({"grad_B_error": 0.021}, "differs"),
+    ],
+)
+def test_the_verdict(changed, verdict):
+    yardstick = {"largest_loss_difference": 0.0, "largest_loss_error": 2e-3, "grad_A_error": 0.01, "grad_B_error": 0.01}
+    row = {"largest_loss_difference": 1e-3, "largest_loss_error": 2e-3, "grad_A_error": 0.02, "grad_B_error": 0.02}
+    assert fidelity.verdict(row | changed, yardstick) == verdict
