@@ -1,4 +1,4 @@
-"""Two processes over gloo: the same training as in one, the codes sharded, saved and resumed."""
+"""Two processes, on the CPU over gloo or on two GPUs over NCCL: trained as in one, sharded, saved and resumed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ def checkpoint(tmp_path_factory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("two") / "llama")
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(checkpoint) -> list[float]:
+def alone(checkpoint, device) -> list[float]:
     """The losses of one process that takes both texts."""
-    model, losses = adapted(str(checkpoint)), []
+    model, losses = adapted(str(checkpoint)).to(device), []
     optimizer = optimizer_of(model)
+    ids = batch().to(device)
     for _ in range(STEPS):
-        loss = model(input_ids=batch(), labels=batch()).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -37,7 +45,7 @@ def alone(checkpoint) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def both(checkpoint, tmp_path_factory) -> dict[str, dict]:
+def both(checkpoint, device, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {
@@ -45,7 +53,7 @@ def both(checkpoint, tmp_path_factory) -> dict[str, dict]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command += [str(Path(__file__).with_name("two_processes.py")), str(folder), str(checkpoint)]
+    command += [str(Path(__file__).with_name("two_processes.py")), str(folder), str(checkpoint), device]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-6000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

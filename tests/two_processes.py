@@ -1,6 +1,7 @@
-"""What each of two processes does in test_distributed.py, started by torchrun: DDP and FSDP2 over gloo, on the CPU.
+"""What each of two processes does in test_distributed.py, started by torchrun: DDP and FSDP2.
 
-Writes what it saw to a file of its own in the folder that is its first argument; the second is a model's checkpoint.
+Writes what it saw to a file of its own in the folder that is its first argument; the second is a model's checkpoint,
+the third "cpu" (over gloo) or "cuda" (over NCCL, a GPU each).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def optimizer_of(model: Any) -> torch.optim.Optimizer:
 def train(accelerator: Accelerator, model: Any, optimizer: Any, steps: int) -> list[float]:
     """The mean loss of both processes at each step."""
     losses = []
-    ids = batch(slice(accelerator.process_index, accelerator.process_index + 1))
+    ids = batch(slice(accelerator.process_index, accelerator.process_index + 1)).to(accelerator.device)
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         accelerator.backward(loss)
@@ -56,7 +57,7 @@ def train(accelerator: Accelerator, model: Any, optimizer: Any, steps: int) -> l
 def new_accelerator(**options: Any) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
-    return Accelerator(cpu=True, **options)
+    return Accelerator(cpu=sys.argv[3] == "cpu", **options)
 
 
 def fsdp(efficient: bool, precision: str = "no") -> Accelerator:
@@ -68,11 +69,12 @@ def fsdp(efficient: bool, precision: str = "no") -> Accelerator:
         state_dict_type="SHARDED_STATE_DICT",
     )
     accelerator = new_accelerator(fsdp_plugin=plugin, mixed_precision=precision)
-    # accelerate takes this step for GPUs only; what follows is the same for processes on the CPU.
-    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    if precision != "no":
-        plugin.set_mixed_precision(precision)
+    if accelerator.device.type == "cpu":
+        # accelerate takes this step for GPUs only; what follows is the same for processes on the CPU.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        if precision != "no":
+            plugin.set_mixed_precision(precision)
     return accelerator
 
 
