@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.5",
         "PyYAML>=6",
         "matplotlib>=3.8",
+        "packaging>=22",
         "psutil>=5",
     ],
     extras_require={"demo": DEMO, "bench": BENCH, "peers": PEERS, "dev": DEV, "docs": ["mkdocs>=1.6"]},

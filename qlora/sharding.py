@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
+from packaging.version import Version
 from torch import nn
 
 from qkernels.errors import UserError
 
 from .module4bit import Module4bit
+
+# Before it FSDP2 has every parameter require a gradient first, which integers cannot (pytorch issue 177844).
+FIRST_TORCH = Version("2.12")
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -32,8 +37,15 @@ def prepare_for_fsdp(model: _Module) -> _Module:
         `model`.
 
     Raises:
-        UserError: no 4-bit layers, or some that are not quantized yet.
+        UserError: no 4-bit layers, or some that are not quantized yet; a torch whose FSDP2 shards floats only.
     """
+    if not shards_integers():
+        raise UserError(
+            "torch",
+            expected=f"{FIRST_TORCH} or later, whose FSDP2 takes integer parameters",
+            got=str(torch.__version__),
+            remedy="Install a later torch, or train with DDP if the model fits on one GPU.",
+        )
     layers = [module for module in model.modules() if isinstance(module, Module4bit)]
     if not layers:
         raise UserError(
@@ -45,3 +57,8 @@ def prepare_for_fsdp(model: _Module) -> _Module:
     for layer in layers:
         layer.split_weight()
     return model
+
+
+def shards_integers() -> bool:
+    """Whether this torch's FSDP2 takes integer parameters."""
+    return Version(torch.__version__) >= FIRST_TORCH

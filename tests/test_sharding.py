@@ -94,3 +94,9 @@ def test_the_page_and_its_configurations(tmp_path, monkeypatch):
     exec(block.replace('"bigscience/bloom-7b1"', '"./bloom"'), names)
     assert not any(isinstance(parameter, Params4bit) for parameter in names["model"].parameters())
     assert any(isinstance(module, BloomBlock) for module in names["model"].modules())
+
+
+def test_a_torch_that_shards_no_integers_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.1+cu130")
+    with pytest.raises(UserError, match=r"torch: expected 2\.12 or later.*got 2\.11\.1"):
+        prepare_for_fsdp(tiny_model("llama"))

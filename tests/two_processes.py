@@ -20,9 +20,15 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from qlora import NF4Config, prepare_for_fsdp
+from qlora.sharding import shards_integers
 
 VOCABULARY = 96
 STEPS = 4
+FSDP_RUNS: dict[str, dict[str, Any]] = {
+    "fsdp": {"efficient": False},
+    "fsdp efficient": {"efficient": True, "quant_storage": torch.bfloat16},
+    "fsdp bfloat16": {"efficient": True, "precision": "bf16", "quant_storage": torch.float16},
+}
 
 
 def batch(rows: slice = slice(None)) -> torch.Tensor:
@@ -116,11 +122,7 @@ def main() -> None:
     folder, checkpoint = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     results = {"ddp": ddp_run(checkpoint)}
-    for name, arguments in {
-        "fsdp": {"efficient": False},
-        "fsdp efficient": {"efficient": True, "quant_storage": torch.bfloat16},
-        "fsdp bfloat16": {"efficient": True, "precision": "bf16", "quant_storage": torch.float16},
-    }.items():
+    for name, arguments in FSDP_RUNS.items() if shards_integers() else ():
         (folder / name).mkdir(exist_ok=True)
         results[name] = fsdp_run(checkpoint, folder / name, **arguments)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results), encoding="utf-8")
