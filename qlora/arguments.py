@@ -104,6 +104,10 @@ class TrainingArguments(SFTConfig):
     dataset_text_field: str = option("prompt", "Column of the data that holds the text.")
     max_length: int | None = option(512, "Cut texts to so many tokens.")
     logging_steps: float = option(1, "Steps between two entries of metrics.jsonl.")
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are not finite out of the logged mean; the host then waits for the GPU each step.",
+    )
     save_strategy: str = option("epoch", "When to write a checkpoint.", choices=["no", "steps", "epoch", "best"])
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
     recompute: str = option(
