@@ -68,6 +68,7 @@ records: $(VENV)/dev.stamp
 		--gpu-record
 	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --op linear4bit_training \
 		--dtype float16 bfloat16 --gpu-record
+	$(BIN)/python -m benchmarks.run --op load --op train_step --op generate --dtype float16 bfloat16 --gpu-record
 	$(PIP) -e '.[peers]'
 	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
 		--dtype bfloat16 $(foreach m,1 16 128 1024,--m $(m)) --gpu-record

@@ -24,7 +24,7 @@ from .checkpoint import build_checkpoint
 from .command import add_model_flags, model_run, parser_of, written
 from .jobs import Case, Job
 from .processes import run_job
-from .providers import DTYPES, PROVIDERS
+from .providers import DTYPES, add_stacks_flag
 
 PROMPTS = 50
 BATCH = 4
@@ -111,7 +111,7 @@ def _print(row: report.Row, elapsed_s: float) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("bloom7b1", __doc__)
     add_model_flags(parser)
-    parser.add_argument("--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK")
+    add_stacks_flag(parser)
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: bf16 and fp16, fp32 on the CPU")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="rows of the data (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the recipe; 0: no recipe (default: %(default)s)")

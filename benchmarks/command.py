@@ -17,6 +17,8 @@ from . import data, report
 from .checkpoint import MODELS, ModelSize
 from .environment import ROOT, environment
 
+_SIZES = ("layers", "hidden", "heads", "vocab")
+
 
 def parser_of(name: str, description: str | None, out_required: bool = True) -> argparse.ArgumentParser:
     """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
@@ -63,13 +65,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="build it here and keep it, or take the one there")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)), help="default: %(default)s")
-    for name in ("layers", "hidden", "heads", "vocab"):
+    for name in _SIZES:
         parser.add_argument(f"--{name}", type=int, help="instead of the model's own")
 
 
-def _size(options: argparse.Namespace) -> ModelSize:
-    full = MODELS[options.model]
-    given = {name: getattr(options, name) for name in ("layers", "hidden", "heads", "vocab")}
+def model_size(model: str, **given: int | None) -> ModelSize:
+    """The sizes of a published model, but for what is given; Llama's MLP is as much smaller as its hidden size."""
+    full = MODELS[model]
     size = replace(full, **{name: value for name, value in given.items() if value is not None})
     if full.intermediate is None:
         return size
@@ -106,7 +108,7 @@ def model_run(options: argparse.Namespace, prefix: str = "") -> ModelRun:
         UserError: no such data, or nothing can be written there.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = _size(options)
+    size = model_size(options.model, **{name: getattr(options, name) for name in _SIZES})
     texts = data.read_prompts(options.data)
     check_writable(options.out)
     common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}

@@ -4,7 +4,7 @@
 
 Times differ from machine to machine, so ratios are compared: a rival's time over ours in the same run, on the same
 inputs.  bitsandbytes is the rival; where it has no such row, the copy of the same weight.  A ratio may fall by twice
-the noise, which each run measures by timing the same code twice (rows "qkernels, again"); further, and it ends with 1.
+the noise, which each run measures by timing the same code twice (rows "..., again"); further, and it ends with 1.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from .environment import ROOT
 from .report import Row, read_csv
 
 RESULTS = ROOT / "benchmarks" / "results"
-OURS, AGAIN, RIVAL = "qkernels", "qkernels, again", "bitsandbytes"
+# This project's provider of an operation and of a whole model; what follows its name where it is timed once more.
+OURS, AGAIN = ("qkernels", "qlora"), ", again"
+RIVAL = "bitsandbytes"
 Case = tuple[object, ...]
 
 
 def ratios(rows: Iterable[Row]) -> dict[Case, float]:
-    """(op, rows, columns, dtype, M, method) -> the rival's time over ours."""
+    """(op, weight or model, dtype, M, method) -> the rival's time over ours."""
     times = {(_case(row), row["provider"]): row["median_us"] for row in rows if row["status"] == "ok"}
     found = {}
     for (case, provider), ours in times.items():
-        if provider != OURS:
+        if provider not in OURS:
             continue
-        names = [name for one, name in times if one == case and name.split(" ")[0] == RIVAL]
-        copy = times.get((("copy", *case[1:4], None, case[-1]), "torch"))
+        names = [name for one, name in times if one == case and RIVAL in name]
+        copy = times.get((("copy", *case[1:3], None, case[-1]), "torch"))
         rival = times[case, names[0]] if names else copy
         if rival is not None:
             found[case] = rival / ours
@@ -44,8 +46,9 @@ def noise(rows: Iterable[Row]) -> dict[str, float]:
     times = {(_case(row), row["provider"]): row["median_us"] for row in rows if row["status"] == "ok"}
     differences: dict[str, list[float]] = {}
     for (case, provider), again in times.items():
-        if provider == AGAIN:
-            differences.setdefault(str(case[-1]), []).append(abs(again / times[case, OURS] - 1))
+        if provider.endswith(AGAIN):
+            first = times[case, provider.removesuffix(AGAIN)]
+            differences.setdefault(str(case[-1]), []).append(abs(again / first - 1))
     return {method: max(0.01, float(np.quantile(values, 0.95))) for method, values in differences.items()}
 
 
@@ -107,12 +110,13 @@ def _compare_run(run: Path, record: Path | None) -> int:
 
 
 def _case(row: Row) -> Case:
-    return (*(row[key] for key in ("op", "rows", "columns", "dtype", "m")), row["method"])
+    what = f"{row['rows']}x{row['columns']}" if row["rows"] else row["model"]
+    return row["op"], what, row["dtype"], row["m"], row["method"]
 
 
 def _text(case: Case) -> str:
-    op, rows, columns, dtype, m, method = case
-    return f"{op} {rows}x{columns} {dtype}" + (f" M={m}" if m else "") + f", {method}"
+    op, what, dtype, m, method = case
+    return f"{op} {what} {dtype}" + (f" M={m}" if m else "") + f", {method}"
 
 
 if __name__ == "__main__":

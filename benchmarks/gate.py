@@ -4,6 +4,9 @@ The first bitsandbytes stack of a precision leaves a yardstick: the packed weigh
 token of the first batch.  Each later stack must hold the same nibbles, and losses within the tolerance.  The loss of
 single tokens is compared, not the batch's mean: on random weights the mean hides a wrong layer among hundreds of
 tokens, while the losses of single tokens move by about their own spread.
+
+What a stack generates must be what its own forward pass finds best, and so must the first stack's tokens: two stacks
+need not agree in a choice between two tokens that are as good as equal.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from transformers import PreTrainedModel
 # Root mean square over the tokens, in nats; a model of other weights differs by about 1.8 at full size.  The stacks
 # keep norms and residuals in different precisions, so equal weights still leave each its own rounding.
 LOSS_RMS_TOLERANCE = {"bf16": 0.2, "fp16": 0.05, "fp32": 0.001}
-
+# How far below the best token's logit a generated one's may be: decoding token by token rounds in other places than
+# one pass over all of them, and near the best there are others.  A token taken at random is 5 below.
+REGRET_TOLERANCE = {precision: 4 * tolerance for precision, tolerance in LOSS_RMS_TOLERANCE.items()}
 
 # One layer of each kind, first to last.
 _SAMPLED = {
@@ -131,6 +136,30 @@ def compare(sample: Sample, yardstick: Sample, precision: str) -> dict[str, floa
         "scale_codes_compared": sum(tensor.numel() for tensor in yardstick.scales.values()),
         "token_loss_rms_difference": loss_rms,
     }
+
+
+@torch.no_grad()
+def must_be_greedy(model: PreTrainedModel | PeftModel, tokens: Tensor, prompt: int, precision: str) -> float:
+    """Hold generated tokens against one forward pass over all of them, without a cache.
+
+    Args:
+        model: what generated them, or another that must agree.
+        tokens: int64[1, prompt + new].
+        prompt: how many were given.
+
+    Returns:
+        By how much the logits of the tokens taken are below the best ones, at most.
+
+    Raises:
+        GateError: by more than rounding explains.
+    """
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[0, prompt - 1 :].float()
+    logits[:, model.config.eos_token_id] = -torch.inf  # which generating to a fixed length leaves out
+    regret = (logits.amax(1) - logits.gather(1, tokens[0, prompt:, None])[:, 0]).max().item()
+    tolerance = REGRET_TOLERANCE[precision]
+    if not regret <= tolerance:  # NaN fails too
+        raise GateError(f"a generated token's logit is {regret:.3g} below the best one's, tolerance {tolerance}")
+    return regret
 
 
 def _count_differing(ours: Tensor, theirs: Tensor) -> int:

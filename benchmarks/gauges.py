@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import threading
+import time
 from types import TracebackType
 
 import torch
@@ -28,6 +30,32 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def empty(device: str) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peaks_gib(device: str) -> dict[str, float]:
+    """A row's columns, since the peaks were reset; none without a GPU."""
+    if device != "cuda":
+        return {}
+    return in_gib(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+
+
+def in_gib(allocated: int, reserved: int) -> dict[str, float]:
+    """Peaks in bytes as a row's columns."""
+    return {"gpu_peak_allocated_gib": allocated / 2**30, "gpu_peak_reserved_gib": reserved / 2**30}
 
 
 class Clock:

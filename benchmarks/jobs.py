@@ -38,6 +38,7 @@ class Job:
     cases: in the order they run.
     gpu_limit_gib: what torch's allocator may take of the GPU's memory; None: all of it.
     new_tokens: to generate after the cases; 0 leaves it out.
+    repeats: how often loading and generating are timed after a first time, which is left out then; 0: the first counts.
     capability: compute capability to take the GPU for, where Python chooses by it; None: its own.
     """
 
@@ -52,6 +53,7 @@ class Job:
     cases: tuple[Case, ...]
     gpu_limit_gib: float | None = None
     new_tokens: int = 0
+    repeats: int = 0
     capability: tuple[int, int] | None = None
 
     def save(self, path: Path) -> None:

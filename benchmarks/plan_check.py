@@ -34,7 +34,7 @@ from . import data, report
 from .checkpoint import build_checkpoint
 from .command import add_model_flags, model_run, parser_of, written
 from .providers import DTYPES, PROVIDERS, lora_targets, training_arguments
-from .worker import StepClock
+from .steps import StepClock
 
 # BATCHxLENGTH, what is recomputed, blocks that keep everything, CUDA graphs, and what is kept in host memory.
 CASES = (

@@ -78,7 +78,7 @@ def _phases(record: Path, samples: list[tuple[float, int]]) -> tuple[list[dict[s
     phases = [line for line in lines if "phase" in line]
     for phase in phases:
         begin, end = phase.pop("begin_s"), phase.pop("end_s")
-        phase["seconds"] = end - begin
+        phase.setdefault("seconds", end - begin)
         peak = max((size for moment, size in samples if begin <= moment <= end), default=0)
         phase["host_peak_gib"] = peak / 2**30 or None
     begun = [line["begin"] for line in lines if "begin" in line]

@@ -6,6 +6,7 @@ same for all.  A stack that cannot do a case fails it: nothing is replaced.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,3 +161,10 @@ PROVIDERS = {
     "transformers+peft, not quantized": Provider(False, _load_16bit, _adapt_16bit, _plain_trainer, is_quantized=False),
     "transformers+peft+bitsandbytes": Provider(True, _load_bitsandbytes, _adapt_for_kbit_training, _plain_trainer),
 }
+
+
+def add_stacks_flag(parser: argparse.ArgumentParser) -> None:
+    """Which of them run."""
+    parser.add_argument(
+        "--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK", help="default: all"
+    )

@@ -14,8 +14,14 @@ from qlora.checkpoint import atomic_file
 from .environment import LIBRARIES
 from .jobs import Job
 from .processes import Outcome
+from .timing import Timing, percentiles
 
 Row = dict[str, Any]
+
+# What a row of `benchmarks.run` has beside a time, and none where nothing was timed.
+UNMEASURED: Row = dict.fromkeys(
+    (*Timing.__dataclass_fields__, "gbps", "tflops", "peak_mib", "sm_mhz", "implementation"),
+)
 
 RECIPE = "recipe"
 GENERATE = "generate"
@@ -45,7 +51,7 @@ def rows_of(job: Job, outcome: Outcome, common: Row) -> list[Row]:
     return rows
 
 
-_PER_PHASE = ("seconds", "host_peak_gib", "gpu_peak_allocated_gib", "gpu_peak_reserved_gib")
+_PER_PHASE = ("seconds", "times_s", "sm_mhz", "host_peak_gib", "gpu_peak_allocated_gib", "gpu_peak_reserved_gib")
 
 
 def file_stem(folder: Path, model: str, device: str, date: str, suffix: str = ".jsonl") -> Path:
@@ -144,10 +150,18 @@ def _differing(kind: str) -> Callable[[Row], str]:
     return show
 
 
+def _middle_ms(row: Row) -> str:
+    if "times_s" not in row:
+        return "-"
+    timing = percentiles([1e6 * seconds for seconds in row["times_s"]])
+    return f"{timing.p20_us / 1e3:.1f} to {timing.p80_us / 1e3:.1f}"
+
+
 _STACK: list[Column] = [("stack", _text("stack")), ("precision", _text("precision"))]
 _SPEED: list[Column] = [
     ("tokens/s", _number("tokens_per_s", 0)),
     ("step, ms (median)", _number("step_ms", 1)),
+    ("20th to 80th percentile", _middle_ms),
     ("GPU peak allocated, GiB", _number("gpu_peak_allocated_gib", 2)),
     ("reserved, GiB", _number("gpu_peak_reserved_gib", 2)),
     ("host peak, GiB", _number("host_peak_gib", 2)),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --op dequantize --op quantize --gpu-record
     python -m benchmarks.run --op matmul --op matmul_dx --op lora --gpu-record
+    python -m benchmarks.run --op train_step --op generate --op load --gpu-record
     python -m benchmarks.run --op matmul --all-rivals --shape 4096x4096 --m 1 --m 256 --out /tmp/rivals
     python -m benchmarks.run --op dequantize --smoke --out /tmp/trial        # small, also on a CPU
 
@@ -14,20 +15,23 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 
 import torch
 
 import qkernels
 
+from .checkpoint import MODELS
 from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .compare import AGAIN, OURS, RESULTS, noise
 from .gauges import Clock, peak_mib
+from .models import LAYERS, MODEL_OPS, asked_of, model_rows
 from .modules import MODULES
 from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy, peak
 from .precompile import compile_ahead
 from .products import PRODUCTS
-from .report import Row
+from .providers import add_stacks_flag
+from .report import UNMEASURED, Row
 from .rivals import TORCHAO, WITH_RIVALS, with_rivals
 from .timing import Call, Timing, flushed, graph, host, wall
 
@@ -39,9 +43,6 @@ _ROWS_OF = {"lora": (32, 128, 512, 2048), **dict.fromkeys(MODULES, (1,))}
 _WITH_ROWS = {**PRODUCTS, **MODULES}
 # Rows and columns of the product that shows the matrix peak; of a trial's.
 PEAK_SIZE, _TRIAL_PEAK_SIZE = 8192, 64
-_BLANK: Row = dict.fromkeys(
-    (*Timing.__dataclass_fields__, "gbps", "tflops", "peak_mib", "sm_mhz", "implementation"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,16 +53,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--gpu-record writes a measurement to benchmarks/results: without --smoke and --out")
     if not (options.gpu_record or options.out):
         parser.error("one of --out and --gpu-record is required")
+    try:
+        asked_of(options)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     options.out = options.out or RESULTS
     name = "-".join(["rivals", *options.op] if options.all_rivals else options.op)
     return measure_to_csv(options, name, lambda device: _rows(options, device), _line, _noise)
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
+    """The kernels on each weight, then the whole models; beside each row's rates the run's copy and matrix peak."""
+    rates: dict[tuple[str, str, str], float] = {}
+    for row in chain(_kernel_rows(options, device), _model_rows(options, device)):
+        dtype, method = row["dtype"], row["method"]
+        if row["op"] in ("copy", "peak"):
+            rates[row["op"], dtype, method] = row["gbps" if row["op"] == "copy" else "tflops"]
+        if row["op"] in MODEL_OPS:  # whose clock is none of the copy's and the matrix peak's
+            method = "graph" if device == "cuda" else "wall"
+        shares = {
+            "percent_of_copy": None if row["op"] == "load" else _share(row["gbps"], rates.get(("copy", dtype, method))),
+            "percent_of_peak": _share(row["tflops"], rates.get(("peak", dtype, method))),
+        }
+        yield {**row, **shares}
+
+
+def _model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
+    if set(options.op) & set(MODEL_OPS):
+        yield from model_rows(options, device)
+
+
+def _kernel_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
+    """Of whole models alone the copy and the matrix peak."""
     shapes = shapes_of(options)
-    if device == "cuda":
+    if set(options.op) <= set(MODEL_OPS):
+        shapes = dict(list(shapes.items())[:1])
+    elif device == "cuda":
         compile_ahead(lambda: launch_products(options, shapes))
-    peaks: dict[tuple[str, str], float] = {}
     with Clock() as clock:
         for number, (shape, model) in enumerate(shapes.items()):
             for dtype in options.dtype:
@@ -69,18 +97,9 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
                     0.02 * torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(ROTATION)
                 ]
                 base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": dtype}
-                copies: dict[str, float] = {}
                 for op, measured in _cases(options, weights[0], first=number == 0):
                     for row in _measure(op, measured, weights, twice=number == 0, clock=clock):
-                        if op == "copy":
-                            copies[row["method"]] = row["gbps"]
-                        if op == "peak":
-                            peaks[dtype, row["method"]] = row["tflops"]
-                        shares = {
-                            "percent_of_copy": _share(row["gbps"], copies.get(row["method"])),
-                            "percent_of_peak": _share(row["tflops"], peaks.get((dtype, row["method"]))),
-                        }
-                        yield {**base, **row, **shares}
+                        yield {**base, **row}
 
 
 def _share(rate: float | None, highest: float | None) -> float | None:
@@ -117,9 +136,9 @@ def launch_products(options: argparse.Namespace, shapes: Iterable[tuple[int, int
 def _cases(options: argparse.Namespace, weight: torch.Tensor, first: bool) -> Iterator[tuple[str, Measured]]:
     """The copy, the matrix peak once a dtype, and what is asked for."""
     yield "copy", copy(weight)
-    if first and set(options.op) & _WITH_ROWS.keys():
+    if first and set(options.op) & {*_WITH_ROWS, *MODEL_OPS}:
         yield "peak", peak(weight, _TRIAL_PEAK_SIZE if options.smoke else PEAK_SIZE)
-    for op in options.op:
+    for op in (op for op in options.op if op not in MODEL_OPS):
         rivals = options.all_rivals and op in WITH_RIVALS
         if op in OPERATIONS:
             measured = OPERATIONS[op](weight)
@@ -134,7 +153,7 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, reason in measured.missing.items():
         row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
-        yield {**row, **_BLANK, **sizes}
+        yield {**row, **UNMEASURED, **sizes}
     for provider, make in _timed(measured, twice):
         calls = [make(weight) for weight in weights]
         fixed = {
@@ -145,7 +164,7 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
             reason = _not_capturable(provider, op) if method == "graph" else None
             if reason is not None:
-                yield {**row, "status": "not run", "reason": reason, **_BLANK, **sizes}
+                yield {**row, "status": "not run", "reason": reason, **UNMEASURED, **sizes}
                 continue
             timing = _time(method, calls)
             rates: Row = {
@@ -158,7 +177,7 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
 
 def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor) -> str | None:
     """Which of our kernels computes a product; None for what is no single product of ours."""
-    if op not in ("matmul", "matmul_dx", "linear4bit") or provider not in (OURS, AGAIN):
+    if op not in ("matmul", "matmul_dx", "linear4bit") or provider.removesuffix(AGAIN) not in OURS:
         return None
     assert m is not None
     rows, columns = weight.shape
@@ -168,8 +187,8 @@ def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor)
 def _timed(measured: Measured, twice: bool) -> Iterator[tuple[str, Provider]]:
     """Every provider, and ours once more at the end: how far the two are apart is the noise of the run."""
     yield from measured.providers.items()
-    if twice and OURS in measured.providers:
-        yield AGAIN, measured.providers[OURS]
+    if twice:
+        yield from ((name + AGAIN, measured.providers[name]) for name in OURS if name in measured.providers)
 
 
 def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
@@ -204,15 +223,22 @@ def _noise(rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    shape = f"{row['rows']}x{row['columns']} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
+    what = f"{row['rows']}x{row['columns']}" if row["rows"] else row["model"]
+    shape = f"{what} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
     result = row["reason"]
     if row["status"] == "ok":
         result = (
-            f"{row['median_us']:8.1f} us ({row['p20_us']:.1f} to {row['p80_us']:.1f})  {row['gbps']:6.0f} GB/s  "
+            f"{_times(row)}  {row['gbps']:6.0f} GB/s  "
             + (f"{row['percent_of_copy']:4.0f}% of copy" if row["percent_of_copy"] else "")
             + (f" {row['percent_of_peak']:4.0f}% of peak" if row["percent_of_peak"] else "")
         )
     return f"{row['op']:10} {shape:28} {row['method'] or '':8} {row['provider']:35} {result}"
+
+
+def _times(row: Row) -> str:
+    unit, name = (1, "us") if row["median_us"] < 1e5 else (1e3, "ms")
+    median, low, high = (row[key] / unit for key in ("median_us", "p20_us", "p80_us"))
+    return f"{median:8.1f} {name} ({low:.1f} to {high:.1f})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +248,11 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-record", action="store_true", help=f"a record to be committed: into {RESULTS}, and on a GPU only"
     )
     parser.add_argument(
-        "--op", action="append", choices=[*OPERATIONS, *_WITH_ROWS], required=True, help="repeat it for several"
+        "--op",
+        action="append",
+        choices=[*OPERATIONS, *_WITH_ROWS, *MODEL_OPS],
+        required=True,
+        help="repeat it for several",
     )
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
     add_shape_flag(parser)
@@ -235,8 +265,11 @@ def _parser() -> argparse.ArgumentParser:
         "--m",
         action="append",
         type=int,
-        help="rows of activations; repeat it; default 1 to 4096, lora 32 to 2048, a layer 1",
+        help="rows of activations; repeat it; default 1 to 4096, lora 32 to 2048, a layer 1, train_step 128 and 2048",
     )
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)), help="for a training step and the like")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of that model (default: %(default)s)")
+    add_stacks_flag(parser)
     return parser
 
 

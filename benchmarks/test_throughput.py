@@ -1,13 +1,15 @@
 """The measured operations as pytest-benchmark cases: `make bench`, or `pytest benchmarks --benchmark-json FILE`.
 
-On a GPU on one shape of Bloom-7B1 for a few M, elsewhere on a trial's.  `benchmarks.run` is the instrument that records
-are made with; these cases are for a developer's before and after (`--benchmark-autosave`, `--benchmark-compare`).
+On a GPU on one shape of Bloom-7B1 for a few M, and on a Bloom of few layers; elsewhere on a trial's.  `benchmarks.run`
+is the instrument that records are made with; these cases are for a developer's before and after
+(`--benchmark-autosave`, `--benchmark-compare`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +17,17 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra")
 pytest.importorskip("pytest_benchmark", reason="part of the [bench] extra")
 
+from benchmarks.command import model_size
+from benchmarks.gauges import empty
+from benchmarks.models import LAYERS, MODEL_OPS, TRIAL, Asked, batch_of, call_of, job_of, prepare
 from benchmarks.modules import MODULES
 from benchmarks.operations import OPERATIONS, SHAPES, Measured
 from benchmarks.products import PRODUCTS
+from benchmarks.providers import PROVIDERS
 from benchmarks.rivals import WITH_RIVALS, with_rivals
 
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPE = SHAPES["bloom-7b1"][1] if ON_GPU else (64, 128)
 ROWS = (1, 16, 256, 2048) if ON_GPU else (1, 16)
 ON_ROWS = {**PRODUCTS, **MODULES}
@@ -29,7 +36,7 @@ CASES = [*((op, None) for op in OPERATIONS), *((op, m) for op in ON_ROWS for m i
 
 @cache
 def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
-    weight = 0.02 * torch.randn(SHAPE, device="cuda" if ON_GPU else "cpu", dtype=torch.float16)
+    weight = 0.02 * torch.randn(SHAPE, device=DEVICE, dtype=torch.float16)
     measured = OPERATIONS[op](weight) if m is None else ON_ROWS[op](weight, m)
     return with_rivals(op, measured, weight) if op in WITH_RIVALS else measured, weight
 
@@ -56,3 +63,24 @@ def test_throughput(op, m, provider, benchmark):
             torch.cuda.synchronize()
 
     benchmark(wait_for_it)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a small model's checkpoint."""
+    folder = tmp_path_factory.mktemp("models")
+    prepare(folder, model_size("bloom-7b1", layers=LAYERS) if ON_GPU else TRIAL, DEVICE)
+    return folder
+
+
+@pytest.mark.parametrize("stack", PROVIDERS)
+@pytest.mark.parametrize("op", MODEL_OPS)
+def test_a_whole_model(op, stack, folder, benchmark):
+    tokens, steps = (2048, 4) if ON_GPU else (16, 1)
+    asked = Asked([op], {tokens: batch_of(tokens)}, steps, warmup=0, new_tokens=64 if ON_GPU else 4)
+    benchmark.group = op
+    if op == "train_step":
+        benchmark.extra_info.update(steps=steps, tokens=tokens)
+    call = call_of(op, job_of(folder, stack, f"{stack} {op}", "fp16" if ON_GPU else "fp32", DEVICE, asked))
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+    empty(DEVICE)

@@ -43,7 +43,8 @@ def against_rows(op: str, dtype: str, rows: list[Row]) -> Figure:
     for column, shape in enumerate(shapes):
         those = [row for row in products if _shape(row) == shape]
         above, below = axes[column], axes[len(shapes) + column]
-        for number, provider in enumerate(dict.fromkeys(row["provider"] for row in those if row["provider"] != AGAIN)):
+        providers = dict.fromkeys(row["provider"] for row in those if not row["provider"].endswith(AGAIN))
+        for number, provider in enumerate(providers):
             line = sorted((row for row in those if row["provider"] == provider), key=lambda row: row["m"])
             color = COLORS.get(provider, OTHERS[number % len(OTHERS)])
             _line(above, line, [row["median_us"] for row in line], color)

@@ -49,7 +49,7 @@ def flushed(call: Call, seconds: float = 0.06) -> Timing:
         call()
         after.record()
     torch.cuda.synchronize()
-    return _percentiles([1e3 * before.elapsed_time(after) for before, after in pairs])
+    return percentiles([1e3 * before.elapsed_time(after) for before, after in pairs])
 
 
 def _seconds(call: Call) -> float:
@@ -87,7 +87,7 @@ def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
         captured.replay()
         end.record()
     torch.cuda.synchronize()
-    return _percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
+    return percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
 
 
 def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
@@ -101,7 +101,7 @@ def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
             call()
         times.append(1e6 * (time.perf_counter() - begin) / calls)
     torch.cuda.synchronize()
-    return _percentiles(times[1:])  # the first one warms up
+    return percentiles(times[1:])  # the first one warms up
 
 
 def wall(call: Call, repeats: int = 5) -> Timing:
@@ -112,9 +112,12 @@ def wall(call: Call, repeats: int = 5) -> Timing:
         begin = time.perf_counter()
         call()
         times.append(1e6 * (time.perf_counter() - begin))
-    return _percentiles(times)
+    return percentiles(times)
 
 
-def _percentiles(times_us: list[float]) -> Timing:
+def percentiles(times_us: Sequence[float]) -> Timing:
+    """Of repeated runs; of a single one that time, three times."""
+    if len(times_us) == 1:
+        return Timing(*3 * tuple(times_us))
     fifths = statistics.quantiles(times_us, n=5, method="inclusive")
     return Timing(statistics.median(times_us), fifths[0], fifths[3])

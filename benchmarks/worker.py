@@ -8,12 +8,11 @@ end it at its time limit.  Errors are not caught: the parent reads the traceback
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,90 +22,36 @@ import torch
 import triton
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
-
-from qlora.optimize.graphs import uncounted_bytes
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from . import data, gate
+from .gauges import Clock, empty, now, peaks_gib
 from .jobs import Case, Job
 from .providers import DTYPES, PROVIDERS, training_arguments
+from .steps import CountingCollator, StepClock
 
 GATE_TEXTS = 4
 PROMPT_TOKENS, WARMUP_TOKENS = 32, 8
 
 
-class StepClock(TrainerCallback):
-    """Wall time of each step, the device's work included, from the end of one to the end of the next; and its loss.
-
-    And the GPU's peaks over the steps, in bytes: what is allocated, and beside it the memory that CUDA graphs work in,
-    which torch counts as reserved only.  In the step that captures a graph its memory still counts as allocated.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.peak_allocated = self.peak_reserved = 0
-        self._in_graphs = 0
-        self.step_s: list[float] = []
-        self.losses: list[float] = []
-        self._last = 0.0
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last = self._now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_s.append(self._now() - self._last)
-        if self.device == "cuda":
-            before, self._in_graphs = self._in_graphs, uncounted_bytes()
-            beside = self._in_graphs if self._in_graphs == before else 0
-            self.peak_allocated = max(self.peak_allocated, torch.cuda.max_memory_allocated() + beside)
-            self.peak_reserved = max(self.peak_reserved, torch.cuda.max_memory_reserved())
-            torch.cuda.reset_peak_memory_stats()
-        self._last = self._now()
-
-    def peaks_gib(self) -> dict[str, float]:
-        """The columns of a row; none without a GPU."""
-        if self.device != "cuda":
-            return {}
-        peaks = {"allocated": self.peak_allocated, "reserved": self.peak_reserved}
-        return {f"gpu_peak_{kind}_gib": peak / 2**30 for kind, peak in peaks.items()}
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            self.losses.append(float(kwargs["logs"]["loss"]))
-
-
-class CountingCollator:
-    """The stack's own collator, with each batch's tokens counted: real ones, and those with the padding."""
-
-    def __init__(self, collator: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
-        self.collator = collator
-        self.tokens: list[int] = []
-        self.padded: list[int] = []
-
-    def __call__(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        batch = self.collator(examples)
-        self.tokens.append(int(batch["attention_mask"].sum()))
-        self.padded.append(batch["attention_mask"].numel())
-        return batch
-
-
 def run(job: Job) -> None:
     """Do the job; see the module."""
     _constrain(job)
+    with Clock() as clock:
+        _run(job, clock)
+
+
+def _run(job: Job, clock: Clock) -> None:
     provider = PROVIDERS[job.provider]
     dtype = DTYPES[job.precision]
-    with _phase(job, "load") as record:
-        base = provider.load(job.checkpoint, dtype, "cuda:0" if job.device == "cuda" else job.device)
+    with _phase(job, "load", clock) as record:
+        base, record["times_s"] = _loaded(job)
+        record["seconds"] = statistics.median(record["times_s"])
         record["gpu_model_gib"] = torch.cuda.memory_allocated() / 2**30 if job.device == "cuda" else None
 
     tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
     prompts = data.prompt_dataset(tokenizer, json.loads(Path(job.prompts).read_text(encoding="utf-8")))
-    with _phase(job, "gate") as record:
+    with _phase(job, "gate", clock) as record:
         packed, scales = gate.sample_weights(base) if provider.is_quantized else ({}, {})
         model = provider.adapt(base)
         model.train()
@@ -121,12 +66,12 @@ def run(job: Job) -> None:
         dataset = prompts
         if case.length is not None:
             dataset = data.synthetic_dataset(case.batch * case.steps, case.length, model.config.vocab_size)
-        with _phase(job, "case") as record:
+        with _phase(job, "case", clock) as record:
             record |= asdict(case)
             record |= _train(job, case, model, tokenizer, dataset)
     if job.new_tokens:
-        with _phase(job, "generate") as record:
-            record |= _generate(job, model)
+        with _phase(job, "generate", clock) as record:
+            record |= _generated(job, model)
 
 
 def _constrain(job: Job) -> None:
@@ -143,14 +88,13 @@ def _constrain(job: Job) -> None:
 
 
 @contextmanager
-def _phase(job: Job, name: str) -> Iterator[dict[str, Any]]:
-    """Yields the phase's record, to be filled; it is written with the phase's begin, end and peak GPU memory.
+def _phase(job: Job, name: str, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Yields the phase's record, to be filled; written with its begin and end, the GPU's clock and its peak memory.
 
     Times are CLOCK_MONOTONIC, which the parent shares: it samples this process's host memory.
     """
-    gc.collect()
+    empty(job.device)
     if job.device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     _append(job.record, {"begin": name})
@@ -158,9 +102,7 @@ def _phase(job: Job, name: str) -> Iterator[dict[str, Any]]:
     yield record
     if job.device == "cuda":
         torch.cuda.synchronize()
-        record.setdefault("gpu_peak_allocated_gib", torch.cuda.max_memory_allocated() / 2**30)
-        record.setdefault("gpu_peak_reserved_gib", torch.cuda.max_memory_reserved() / 2**30)
-    record["end_s"] = time.monotonic()
+    record |= peaks_gib(job.device) | record | {"sm_mhz": clock.mhz(), "end_s": time.monotonic()}
     _append(job.record, record)
 
 
@@ -182,15 +124,20 @@ def _held_against_yardstick(sample: gate.Sample, job: Job) -> dict[str, Any]:
     return {"gate": "not checked: no bitsandbytes stack ran before this one"}
 
 
-def _train(
-    job: Job, case: Case, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
-) -> dict[str, Any]:
+def trainer_of(job: Job, case: Case, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> Trainer:
+    """The stack's trainer, ready for the steps of a case."""
     arguments = training_arguments(job.precision, job.device) | {
         "output_dir": str(Path(job.folder) / "trainer"),
         "per_device_train_batch_size": case.batch,
         "max_steps": case.steps,
     }
-    trainer = PROVIDERS[job.provider].trainer(model, tokenizer, dataset, arguments)
+    return PROVIDERS[job.provider].trainer(model, tokenizer, dataset, arguments)
+
+
+def _train(
+    job: Job, case: Case, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> dict[str, Any]:
+    trainer = trainer_of(job, case, model, tokenizer, dataset)
     clock, collator = StepClock(job.device), CountingCollator(trainer.data_collator)
     trainer.add_callback(clock)
     trainer.data_collator = collator
@@ -200,6 +147,7 @@ def _train(
     return {
         **clock.peaks_gib(),
         "train_s": sum(clock.step_s),
+        "times_s": clock.step_s[measured],
         "step_ms": 1e3 * statistics.median(clock.step_s[measured]),
         "tokens_per_s": sum(collator.tokens[measured]) / seconds,
         "padded_tokens_per_s": sum(collator.padded[measured]) / seconds,
@@ -212,33 +160,80 @@ def _train(
     }
 
 
+def load(job: Job) -> PreTrainedModel:
+    """The stack's model on the job's device."""
+    device = "cuda:0" if job.device == "cuda" else job.device
+    return PROVIDERS[job.provider].load(job.checkpoint, DTYPES[job.precision], device)
+
+
+def _loaded(job: Job) -> tuple[PreTrainedModel, list[float]]:
+    """The model, and the seconds that each load of those that count took."""
+    seconds = []
+    for again in range(job.repeats, -1, -1):
+        begin = now(job.device)
+        model = load(job)
+        seconds.append(now(job.device) - begin)
+        if again:
+            del model
+            empty(job.device)  # the next finds the GPU as the first did
+    return model, seconds[1:] or seconds
+
+
 @torch.no_grad()
-def _generate(job: Job, model: PeftModel) -> dict[str, Any]:
-    """Greedy decoding after one prompt: new tokens over wall time with prefill, after a short call for warming up."""
-    settings = PROVIDERS[job.provider].generation
-    ids = torch.randint(4, model.config.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(job.device)
+def generate(job: Job, model: PeftModel, new_tokens: int) -> torch.Tensor:
+    """int64[1, PROMPT_TOKENS + new_tokens]: decoded greedily after one prompt, as the stack's documentation has it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, model.config.vocab_size, (1, PROMPT_TOKENS), generator=generator).to(job.device)
+    tokens = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=3,
+        **PROVIDERS[job.provider].generation,
+    )
+    assert tokens.shape[1] == PROMPT_TOKENS + new_tokens
+    return tokens
+
+
+def _generated(job: Job, model: PeftModel) -> dict[str, Any]:
+    """New tokens over wall time with the prompt's, after a short call for warming up; and the gate."""
     model.eval()
-    seconds = 0.0
-    for count in (min(WARMUP_TOKENS, job.new_tokens), job.new_tokens):
-        begin = time.perf_counter()
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=3,
-            **settings,
-        )
-        assert len(tokens.tolist()[0]) == PROMPT_TOKENS + count  # waits for the device
-        seconds = time.perf_counter() - begin
+    tokens = generate(job, model, min(WARMUP_TOKENS, job.new_tokens))
+    gate.must_be_greedy(model, tokens, PROMPT_TOKENS, job.precision)
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(1 + job.repeats):
+        begin = now(job.device)
+        tokens = generate(job, model, job.new_tokens)
+        seconds.append(now(job.device) - begin)
+    seconds = seconds[1:] or seconds
+    median_s = statistics.median(seconds)
     return {
         "new_tokens": job.new_tokens,
-        "generation": settings,
-        "generate_s": seconds,
-        "new_tokens_per_s": job.new_tokens / seconds,
+        "generation": PROVIDERS[job.provider].generation,
+        "times_s": seconds,
+        "generate_s": median_s,
+        "new_tokens_per_s": job.new_tokens / median_s,
+        **peaks_gib(job.device),
+        **_held_against_tokens(job, model, tokens),
     }
+
+
+def _held_against_tokens(job: Job, model: PeftModel, tokens: torch.Tensor) -> dict[str, Any]:
+    """The gate of what was generated; the first bitsandbytes stack leaves its tokens for the others."""
+    fields: dict[str, Any] = {"token_regret": gate.must_be_greedy(model, tokens, PROMPT_TOKENS, job.precision)}
+    path = Path(job.yardstick).with_suffix(".tokens.json")
+    if PROVIDERS[job.provider].is_quantized and path.exists():
+        theirs = torch.tensor(json.loads(path.read_text(encoding="utf-8")), device=job.device)
+        gate.must_be_greedy(model, theirs, PROMPT_TOKENS, job.precision)
+        alike = (tokens == theirs)[0, PROMPT_TOKENS:]
+        fields["tokens_alike_at_first"] = int(alike.cumprod(0).sum())
+    elif PROVIDERS[job.provider].is_yardstick:
+        path.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
+    return fields
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_every_row_says_what_was_measured_and_on_what(rows: list[report.Row]) ->
         assert (row["layers"], row["hidden"], row["heads"], row["vocab"]) == (2, 64, 4, 512)
         if row["name"] == report.GENERATE:
             assert row["new_tokens_per_s"] == pytest.approx(2 / row["generate_s"])
+            assert row["token_regret"] <= gate.REGRET_TOLERANCE["fp32"]
         else:
             assert row["tokens_per_s"] > 0
             assert row["step_ms"] > 0
@@ -123,6 +125,11 @@ def test_the_gate_compared_every_stack_with_the_first(rows: list[report.Row]) ->
         assert row["gate"] == (expected | {first: "is the yardstick"})[row["stack"]]
     assert others
     assert all(row["packed_bytes_differ"] == 0 for row in rows if row["stack"] in others)
+
+
+def test_the_stacks_generate_the_same_tokens(rows: list[report.Row]) -> None:
+    alike = [row["tokens_alike_at_first"] for row in rows if row.get("tokens_alike_at_first") is not None]
+    assert alike == [2] * (sum(provider.is_quantized for provider in PROVIDERS.values()) - 1)
 
 
 def test_the_page_shows_the_rows(results: Path, rows: list[report.Row]) -> None:
@@ -179,6 +186,26 @@ def test_the_tokenizer_comes_back_from_the_checkpoint(tiny_checkpoint: Path) -> 
     assert ids[-1] == tokenizer.eos_token_id == 2
     assert tokenizer.pad_token_id == 3
     assert tokenizer.decode(ids[:-1]) == TEXTS[0]
+
+
+class Parrot(torch.nn.Module):
+    """Its next token is the one before, plus one; the end of text it would like best of all."""
+
+    config = SimpleNamespace(eos_token_id=2)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        logits = torch.nn.functional.one_hot(input_ids + 1, 16).float()
+        logits[..., 2] = 9
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_gate_stops_tokens_that_are_not_the_best() -> None:
+    tokens = torch.arange(3, 11)[None]
+    assert gate.must_be_greedy(Parrot(), tokens, 3, "bf16") == 0
+    tokens[0, 2] = 7  # of the prompt, which nobody chose; but the next token would be another
+    with pytest.raises(gate.GateError, match="a generated token's logit is 1 below the best one's"):
+        gate.must_be_greedy(Parrot(), tokens, 3, "bf16")
+    assert gate.must_be_greedy(Parrot(), tokens, 4, "bf16") == 0
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ import bitsandbytes
 
 import qkernels
 import qlora
-from benchmarks import operations, products, run
+from benchmarks import compare, models, operations, products, report, run
+from benchmarks.processes import Outcome
+from benchmarks.report import read_csv
 from qkernels import dispatch
 
 
@@ -73,6 +75,55 @@ def test_shares_are_of_the_copy_and_of_the_matrix_peak_of_the_same_run(tmp_path)
             100 * float(row["tflops"]) / float(best["peak"]["tflops"])
         )
         assert float(row["percent_of_copy"]) == pytest.approx(100 * float(row["gbps"]) / float(best["copy"]["gbps"]))
+
+
+def test_whole_models_are_tried_too(tmp_path, capsys):
+    """The stack beside bitsandbytes; the other two are tried in test_benchmarks.py."""
+    stacks = ["trl+peft+bitsandbytes", "qlora"]
+    ops = [flag for op in models.MODEL_OPS for flag in ("--op", op)]
+    flags = ["--dtype", "float32", "--m", "16", "--m", "32", "--stacks", *stacks, "--smoke", "--out", str(tmp_path)]
+    assert run.main([*ops, *flags]) == 0
+    rows = [row for row in read_csv(next(tmp_path.glob("*.csv"))) if row["op"] in models.MODEL_OPS]
+    cases = {(row["op"], row["m"]) for row in rows}
+    assert cases == {("load", None), ("train_step", 16), ("train_step", 32), ("generate", 1)}
+    assert {row["provider"] for row in rows} == {*stacks, "qlora, again"}
+    assert all((row["status"], row["model"], row["method"]) == ("ok", "bloom-2x64x512", "wall") for row in rows)
+    for row in rows:
+        assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["percent_of_peak"] is None or row["tflops"] == pytest.approx(row["flops"] / row["median_us"] / 1e6)
+        assert (row["percent_of_copy"] is None) == (row["op"] == "load")
+    # Two blocks of 64 features: 12 * 64^2 weights each; the tied embedding; norms and biases.
+    quantized, head = 2 * 12 * 64 * 64, 512 * 64
+    trainable = 2 * 16 * (64 + 3 * 64)
+    attention = 3 * 2 * 16 * 16 * 64 * 2
+    step = next(row for row in rows if row["m"] == 16)
+    assert step["flops"] == 16 * (4 * quantized + 6 * trainable + 4 * head) + attention
+    assert step["bytes"] == 2 * (int(operations.stored_bytes(quantized)) + 4 * head) + 32 * trainable
+    cached = sum(range(33, 36))  # 32 tokens given, 4 to be found: three are looked at one by one
+    expected = 4 * (int(operations.stored_bytes(quantized)) + 4 * head) + 2 * 4 * cached * 64 * 2
+    assert next(row for row in rows if row["op"] == "generate")["bytes"] == expected
+    assert "noise, the same code timed twice: wall" in capsys.readouterr().out
+    assert len(compare.ratios(rows)) == len(cases)
+
+
+def test_a_stack_that_the_gate_stops_has_no_time():
+    asked = models.Asked(["load", "generate"], {})
+    failed = Outcome([{"phase": "load", "times_s": [1.0], "sm_mhz": None}], "GateError: other bits", "gate", "")
+    for op, m in asked.measured:
+        row = models._row(op, m, failed, models.Work(1, 1))
+        assert (row["status"], row["median_us"], row["reason"]) == ("not run", None, "in gate: GateError: other bits")
+        assert row.keys() >= report.UNMEASURED.keys()
+
+
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_a_batch_that_there_is_not_is_told(tokens, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--op", "train_step", "--m", str(tokens), "--smoke", "--out", "x"])
+    assert f"or a multiple of 512, got --m {tokens}" in capsys.readouterr().err
+
+
+def test_a_step_of_many_tokens_has_sequences_of_512():
+    assert [models.batch_of(m) for m in (2, 128, 512, 2048)] == [(1, 2), (1, 128), (1, 512), (4, 512)]
 
 
 def test_blockwise_8_bit_is_tried_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path):
