@@ -59,7 +59,7 @@ def in_gib(allocated: int, reserved: int) -> dict[str, float]:
 
 
 class Clock:
-    """The SM clock of the first GPU, as nvidia-smi samples it beside the measurements."""
+    """The SM clock of the first GPU that torch sees, as nvidia-smi samples it beside the measurements."""
 
     def __init__(self) -> None:
         self._mhz: float | None = None
@@ -67,7 +67,8 @@ class Clock:
 
     def __enter__(self) -> Clock:
         if torch.cuda.is_available() and shutil.which("nvidia-smi") is not None:
-            query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+            uuid = torch.cuda.get_device_properties(0).uuid  # nvidia-smi counts those too that torch may not use
+            query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
             self._process = subprocess.Popen([*query, f"-lms={PERIOD_MS}"], stdout=subprocess.PIPE, text=True)
             threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
         return self
