@@ -58,7 +58,7 @@ class Asked:
     batches: dict[int, tuple[int, int]]
     steps: int = 8
     warmup: int = 3
-    repeats: int = 4
+    repeats: int = 2
     new_tokens: int = 64
 
     @property
