@@ -1,8 +1,9 @@
 """QLoRA of Bloom-7B1 at full size with random weights: this project beside bitsandbytes, in one command.
 
-    python -m benchmarks.bloom7b1 --out benchmarks/results
-    python -m benchmarks.bloom7b1 --model llama-2-7b --out benchmarks/results
-    python -m benchmarks.bloom7b1 --layers 2 --hidden 64 --heads 4 --vocab 512 --device cpu --out /tmp/trial
+    python -m benchmarks.bloom7b1 --data prompts.csv --out benchmarks/results
+    python -m benchmarks.bloom7b1 --model llama-2-7b --data prompts.csv --out benchmarks/results
+    python -m benchmarks.bloom7b1 --layers 2 --hidden 64 --heads 4 --vocab 512 --device cpu \\
+        --data qlora/assets/prompts.csv --out /tmp/trial
 
 `docs/benchmarks.md` says what is measured and how.
 """

@@ -15,7 +15,7 @@ from qlora.checkpoint import check_writable
 
 from . import data, report
 from .checkpoint import MODELS, ModelSize
-from .environment import ROOT, environment
+from .environment import environment
 
 _SIZES = ("layers", "hidden", "heads", "vocab")
 
@@ -52,10 +52,7 @@ def written(run: Callable[[argparse.Namespace], Path], options: argparse.Namespa
 def add_data_flag(parser: argparse.ArgumentParser) -> None:
     """Where the prompts are."""
     parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT.parent / "shared" / "data" / "awesome_chatgpt_prompts.csv",
-        help="CSV of fka/awesome-chatgpt-prompts (default: %(default)s)",
+        "--data", type=Path, help="the CSV of fka/awesome-chatgpt-prompts; for a trial qlora/assets/prompts.csv"
     )
 
 

@@ -20,20 +20,24 @@ from qkernels.errors import UserError
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3, as in Bloom's vocabulary
 TOKENIZER_VOCABULARY = 8192
 TEXT_COLUMN = "prompt"
+WHERE = "Pass the file of fka/awesome-chatgpt-prompts; for a trial qlora/assets/prompts.csv will do."
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path | None) -> list[str]:
     """Every row's `prompt`.
+
+    Args:
+        path: a CSV; None: nobody named one.
 
     Raises:
         UserError: no such file, or no such column.
     """
-    if not path.is_file():
+    if path is None or not path.is_file():
         raise UserError(
             "--data",
             expected=f"a CSV file with a column {TEXT_COLUMN!r}",
-            got=f"{path}, which is not there",
-            remedy="Pass the file of fka/awesome-chatgpt-prompts.",
+            got="none" if path is None else f"{path}, which is not there",
+            remedy=WHERE,
         )
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
@@ -42,7 +46,7 @@ def read_prompts(path: Path) -> list[str]:
                 "--data",
                 expected=f"a column {TEXT_COLUMN!r}",
                 got=f"the columns {rows.fieldnames} in {path}",
-                remedy="Pass the file of fka/awesome-chatgpt-prompts.",
+                remedy=WHERE,
             )
         return [row[TEXT_COLUMN] for row in rows]
 

@@ -1,6 +1,6 @@
 """Training step by step beside peft on bitsandbytes: the same weights, adapters and batches, so the same losses.
 
-    python -m benchmarks.fidelity --out benchmarks/results
+    python -m benchmarks.fidelity --data prompts.csv --out benchmarks/results
 
 Bloom and Llama of a few layers with random weights, on the tutorial's prompts, in float16 with a loss scale and in
 bfloat16.  docs/benchmarks.md says what the columns mean.

@@ -1,6 +1,6 @@
 """`qlora plan` beside what is measured, on full-size Bloom-7B1: peak memory and step time of several ways to train.
 
-    python -m benchmarks.plan_check --out benchmarks/results
+    python -m benchmarks.plan_check --data prompts.csv --out benchmarks/results
 
 The record is what tests/test_memory.py holds the plan to; see docs/benchmarks.md.
 """

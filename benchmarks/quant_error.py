@@ -1,8 +1,8 @@
 """How far off 4-bit weights are, the outputs of a layer, and a whole model; beside the theory and bitsandbytes.
 
-    python -m benchmarks.quant_error --out benchmarks/results
+    python -m benchmarks.quant_error --data prompts.csv --out benchmarks/results
     python -m benchmarks.quant_error --level weights --model FOLDER --format nf4 int4 --out /tmp/errors
-    python -m benchmarks.quant_error --smoke --out /tmp/trial
+    python -m benchmarks.quant_error --smoke --data qlora/assets/prompts.csv --out /tmp/trial
 
 Each level leaves a CSV, and together they make a page, `error.html` and `error.md`.  Where a measurement differs from
 the theory by more than chance allows, it says so, writes nothing, and ends with 1.  `docs/error.md` says what and how.
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_count(options.count, max(options.blocksize))
+    if "model" in options.level and options.model:
+        data.read_prompts(options.data)  # before minutes of work
     check_writable(options.out)
     weights.calibrate(options.format, device)
     common = environment(device, commit=options.commit)

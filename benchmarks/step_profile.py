@@ -1,6 +1,6 @@
 """Where a training step's time goes, by torch's profiler: bitsandbytes' stack, and this project's before and after.
 
-    python -m benchmarks.step_profile --out benchmarks/results
+    python -m benchmarks.step_profile --data prompts.csv --out benchmarks/results
 
 The same model, batch and trainer settings as `benchmarks.bloom7b1`; each way trains a few steps, of which the last are
 profiled.  A row is what one kind of kernel took on the GPU in one step; the kinds are told apart by the kernels' names

@@ -1,6 +1,6 @@
 """The tutorial's recipe on full-size Bloom-7B1 within a T4's limits, on whatever GPU is there; see docs/benchmarks.md.
 
-    python -m benchmarks.t4_recipe --out benchmarks/results
+    python -m benchmarks.t4_recipe --data prompts.csv --out benchmarks/results
 
 torch's allocator ends at 14.0 GiB, the process's own host memory must stay under 10 GiB, the precision is a T4's
 (float16 with a loss scale), and what Python chooses by compute capability is chosen for 7.5.  `qlora plan` predicts

@@ -297,6 +297,11 @@ def test_wrong_data_is_one_line_and_exit_code_2(
         data.read_prompts(file)
 
 
+def test_data_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bloom7b1.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
+    assert "got none. Pass the file of fka/awesome-chatgpt-prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--out", "--checkpoint"])
 def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_2(
     flag: str, prompts_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
