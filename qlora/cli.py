@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -57,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The libraries' notes to their own callers; the user of a command can do nothing about them.
         warnings.filterwarnings("ignore", category=FutureWarning)
         importlib.import_module(f"qlora.{command}").main(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"{name}: {_in_flags(error)}", file=sys.stderr)
         return 2
@@ -64,6 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output's reader has gone, as in `qlora plan | head`; what is left for it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _in_flags(error: UserError) -> str:

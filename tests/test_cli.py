@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,30 @@ def test_ctrl_c(capsys, monkeypatch):
     monkeypatch.setattr("qlora.plan.main", main)
     assert cli.main(["plan"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [None, BrokenPipeError()])
+def test_a_reader_that_has_gone_is_no_error_but_another_broken_pipe_is(error, monkeypatch):
+    reader, writer = os.pipe()
+    if error is None:
+        os.close(reader)  # `head` has seen enough
+
+    def command(words):
+        print("a line")
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=command))
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        if error is None:
+            assert cli.main(["plan"]) == 141
+        else:
+            with pytest.raises(BrokenPipeError):
+                cli.main(["plan"])
+    monkeypatch.undo()
+    if error is not None:
+        os.close(reader)
 
 
 def test_a_defect_is_not_dressed_up_as_wrong_input(monkeypatch):
