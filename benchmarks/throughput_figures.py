@@ -21,6 +21,7 @@ COLORS = {
     "read only": GREEN,
 }
 OTHERS = (RED, PURPLE)
+LABELS = {"torch": "torch, 16-bit weight", "read only": "reading the packed weight, no more"}
 # The clock that leaves launches out where there is one.
 METHODS = ("graph", "flushed", "wall")
 # Whose products by torch show the rate that a product can have.
@@ -90,7 +91,7 @@ def _line(one, rows: list[Row], values: list[float], color: str) -> None:
     scale = [value / row["median_us"] for value, row in zip(values, rows, strict=True)]
     low = [s * (row["median_us"] - row["p20_us"]) for s, row in zip(scale, rows, strict=True)]
     high = [s * (row["p80_us"] - row["median_us"]) for s, row in zip(scale, rows, strict=True)]
-    label = rows[0]["provider"]
+    label = LABELS.get(rows[0]["provider"], rows[0]["provider"])
     one.errorbar(ms, values, [low, high], fmt="o-", color=color, markersize=3, linewidth=1.2, label=label)
 
 
