@@ -11,7 +11,7 @@ float table for the length of the call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -166,61 +166,43 @@ class Embedding4bit(Module4bit, nn.Embedding):
         return self.num_embeddings, self.embedding_dim
 
 
-class EmbeddingNF4(Embedding4bit):
+class _EmbeddingOfOneType(Embedding4bit):
+    """What the classes named after a type share: a constructor without `quant_type`, as bitsandbytes' have it."""
+
+    fixed_quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        *,
+        padding_idx: int | None = None,
+        blocksize: int = 64,
+        compress_statistics: bool = False,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            dtype,
+            self.fixed_quant_type,
+            quant_storage,
+            device,
+            padding_idx=padding_idx,
+            blocksize=blocksize,
+            compress_statistics=compress_statistics,
+        )
+
+
+class EmbeddingNF4(_EmbeddingOfOneType):
     """`Embedding4bit` with NF4 codes: arguments as there, but for `quant_type`."""
 
     fixed_quant_type = "nf4"
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        *,
-        padding_idx: int | None = None,
-        blocksize: int = 64,
-        compress_statistics: bool = False,
-    ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            dtype,
-            "nf4",
-            quant_storage,
-            device,
-            padding_idx=padding_idx,
-            blocksize=blocksize,
-            compress_statistics=compress_statistics,
-        )
 
-
-class EmbeddingFP4(Embedding4bit):
+class EmbeddingFP4(_EmbeddingOfOneType):
     """`Embedding4bit` with bitsandbytes' FP4 codes: arguments as there, but for `quant_type`."""
 
     fixed_quant_type = "fp4"
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        *,
-        padding_idx: int | None = None,
-        blocksize: int = 64,
-        compress_statistics: bool = False,
-    ) -> None:
-        super().__init__(
-            num_embeddings,
-            embedding_dim,
-            dtype,
-            "fp4",
-            quant_storage,
-            device,
-            padding_idx=padding_idx,
-            blocksize=blocksize,
-            compress_statistics=compress_statistics,
-        )

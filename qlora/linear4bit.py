@@ -8,7 +8,7 @@ backward pass alike, and never kept decoded.  It is frozen; the gradient flows t
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -154,61 +154,43 @@ class Linear4bit(Module4bit, nn.Linear):
         return self.out_features, self.in_features
 
 
-class LinearNF4(Linear4bit):
+class _LinearOfOneType(Linear4bit):
+    """What the classes named after a type share: a constructor without `quant_type`, as bitsandbytes' have it."""
+
+    fixed_quant_type: ClassVar[str]
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | int | None = None,
+        *,
+        blocksize: int = 64,
+    ) -> None:
+        super().__init__(
+            input_features,
+            output_features,
+            bias,
+            compute_dtype,
+            compress_statistics,
+            self.fixed_quant_type,
+            quant_storage,
+            device,
+            blocksize=blocksize,
+        )
+
+
+class LinearNF4(_LinearOfOneType):
     """`Linear4bit` with NF4 codes: arguments as there, but for `quant_type`."""
 
     fixed_quant_type = "nf4"
 
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        *,
-        blocksize: int = 64,
-    ) -> None:
-        super().__init__(
-            input_features,
-            output_features,
-            bias,
-            compute_dtype,
-            compress_statistics,
-            "nf4",
-            quant_storage,
-            device,
-            blocksize=blocksize,
-        )
 
-
-class LinearFP4(Linear4bit):
+class LinearFP4(_LinearOfOneType):
     """`Linear4bit` with bitsandbytes' FP4 codes: arguments as there, but for `quant_type`."""
 
     fixed_quant_type = "fp4"
-
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | int | None = None,
-        *,
-        blocksize: int = 64,
-    ) -> None:
-        super().__init__(
-            input_features,
-            output_features,
-            bias,
-            compute_dtype,
-            compress_statistics,
-            "fp4",
-            quant_storage,
-            device,
-            blocksize=blocksize,
-        )
