@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -146,7 +147,9 @@ def test_a_run_leaves_records_and_a_page(trial):
     first = records.read(record)[0]
     assert first["mse_low"] < first["mse"] < first["mse_high"]
     assert first["rounding_excess"] < 1e-6
-    for text in (record.name, first["commit"], f"{first['mse']:.4g}", f"{first['mse_theory']:.4g}"):
+    assert set(re.findall(r'href="#(\d+)"', page)) == set(re.findall(r'<h2 id="(\d+)"', page)) != set()
+    numbers = (f"{first['mse']:.4g}", f"{first['mse_theory']:.4g}", f"{100 * first['relative_rms']:.3f}%")
+    for text in (record.name, first["commit"], *numbers):
         assert text in page
         assert text in (trial / "error.md").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4  # codes, cosine, error against blocksize, outputs

@@ -17,6 +17,7 @@ from . import sections
 from .sections import Section, markdown_table
 
 TITLE = "Errors of 4-bit weights"
+MOST_OPEN = 16  # lines of a table that is shown at once in the HTML; a longer one opens at a click
 LEVELS = {"weights": sections.of_weights, "outputs": sections.of_outputs, "model": sections.of_model}
 
 
@@ -58,7 +59,8 @@ def _intro(found: dict[str, tuple[Path, list[Row]]]) -> list[str]:
 def _html(intro: list[str], parts: list[Section], pictures: dict[str, bytes]) -> str:
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    return templates.get_template("page.html.j2").render(title=TITLE, intro=intro, sections=parts, pictures=encoded)
+    page = templates.get_template("page.html.j2")
+    return page.render(title=TITLE, intro=intro, sections=parts, pictures=encoded, most_open=MOST_OPEN)
 
 
 def _links(pictures: Iterable[str], figures: Path, folder: Path) -> dict[str, str]:
