@@ -44,6 +44,8 @@ bench-compare: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out build/bench
 	$(BIN)/python -m benchmarks.run --op matmul --shape 12288x4096 --out build/bench \
 		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
+	$(BIN)/python -m benchmarks.run --op lora --out build/bench \
+		$(foreach shape,12288x4096 4096x4096 16384x4096,--shape $(shape))
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
 
 # Every way to compute a product, on an NVIDIA GPU; what the tables would better hold, and whether the dispatch chooses
