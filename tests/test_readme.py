@@ -20,6 +20,13 @@ def test_the_tables_are_current():
     assert readme.current(text, readme.RESULTS) == text, "run `make readme`"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/optimize.md", "docs/error.md"])
+def test_every_record_that_a_page_names_is_there(page):
+    text = (readme.README.parent / page).read_text(encoding="utf-8")
+    for pattern in re.findall(r"`([\w-]+-\*\.(?:md|csv|jsonl))`", text):
+        assert list(readme.RESULTS.glob(pattern)), f"{page} names {pattern}"
+
+
 def test_every_table_has_its_place():
     text = readme.README.read_text(encoding="utf-8")
     assert {found["name"] for found in readme.MARKS.finditer(text)} == set(readme.TABLES)
