@@ -26,7 +26,7 @@ from torch import Tensor
 
 import qkernels
 
-from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
+from .command import add_rows_flag, add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .operations import FORMAT, OUTPUT_LAYER
 from .precompile import compile_ahead
 from .products import exact_weight
@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trial_flag(parser)
     add_shape_flag(parser)
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
-    parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 4096")
+    add_rows_flag(parser, "1 to 4096")
     return parser
 
 

@@ -63,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)), help="default: %(default)s")
     for name in _SIZES:
-        parser.add_argument(f"--{name}", type=int, help="instead of the model's own")
+        parser.add_argument(f"--{name}", type=positive, help="instead of the model's own")
 
 
 def model_size(model: str, **given: int | None) -> ModelSize:
@@ -123,11 +123,25 @@ def add_shape_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rows_flag(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--m", action="append", type=positive, help=f"rows of activations; repeat it; default {default}"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as a flag's type."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected rows x columns, as 4096x4096, got {text!r}")
-    return int(rows), int(columns)
+    try:
+        return positive(rows), positive(columns)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected rows x columns, as 4096x4096, got {text!r}") from error
 
 
 def measure_to_csv(
@@ -137,7 +151,7 @@ def measure_to_csv(
     line: Callable[[report.Row], str],
     closing: Callable[[list[report.Row]], str] | None = None,
 ) -> int:
-    """Measure, print a line a row, write a CSV; 0, or 2 where a measurement is asked for and there is no GPU.
+    """Measure, print a line a row, write a CSV; 0, or 2 where there is no GPU to measure on, or no place to write.
 
     Args:
         name: of the results.
@@ -148,6 +162,11 @@ def measure_to_csv(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
         print("error: there is no GPU here; --smoke tries the script at a small size.", file=sys.stderr)
+        return 2
+    try:
+        check_writable(options.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     common = environment(device, commit=options.commit)
     stem = report.file_stem(options.out, name, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")

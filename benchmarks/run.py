@@ -22,7 +22,7 @@ import torch
 import qkernels
 
 from .checkpoint import MODELS
-from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
+from .command import add_rows_flag, add_shape_flag, add_trial_flag, measure_to_csv, parser_of, positive
 from .compare import AGAIN, OURS, RESULTS, noise
 from .gauges import Clock, peak_mib
 from .models import LAYERS, MODEL_OPS, asked_of, model_rows
@@ -261,14 +261,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"for {', '.join(WITH_RIVALS)}: further ones, which must be installed or are slow to set up",
     )
-    parser.add_argument(
-        "--m",
-        action="append",
-        type=int,
-        help="rows of activations; repeat it; default 1 to 4096, lora 32 to 2048, a layer 1, train_step 128 and 2048",
-    )
+    add_rows_flag(parser, "1 to 4096, lora 32 to 2048, a layer 1, train_step 128 and 2048")
     parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)), help="for a training step and the like")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of that model (default: %(default)s)")
+    parser.add_argument("--layers", type=positive, default=LAYERS, help="of that model (default: %(default)s)")
     add_stacks_flag(parser)
     return parser
 

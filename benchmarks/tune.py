@@ -29,7 +29,7 @@ from qkernels.dispatch import Product
 
 from . import choice, proposal
 from .candidates import Candidate, call_of, candidates, chosen
-from .command import add_shape_flag, add_trial_flag, measure_to_csv, parser_of
+from .command import add_rows_flag, add_shape_flag, add_trial_flag, measure_to_csv, parser_of
 from .operations import FORMAT, OUTPUT_LAYER, GateError
 from .precompile import compile_ahead
 from .products import exact_weight
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     add_shape_flag(parser)
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16"])
-    parser.add_argument("--m", action="append", type=int, help="rows of activations; repeat it; default 1 to 2048")
+    add_rows_flag(parser, "1 to 2048")
     parser.add_argument("--seconds", type=float, help="begin no further point after so long, compiling not counted")
     return parser
 

@@ -153,6 +153,21 @@ def test_a_wrong_shape_is_told(capsys):
     assert "rows x columns, as 4096x4096, got '4096'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--m", "0"), ("--m", "-3"), ("--layers", "x"), ("--shape", "0x64")])
+def test_a_size_that_there_is_not_is_told(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--op", "matmul", flag, value, "--smoke", "--out", "x"])
+    assert f"got {value!r}" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run.main(["--op", "quantize", "--smoke", "--out", str(tmp_path / "file" / "folder")]) == 2
+    printed = capsys.readouterr()
+    assert "a place that can be written" in printed.err
+    assert printed.out == ""
+
+
 @pytest.mark.parametrize("flags", [["--gpu-record", "--smoke"], ["--gpu-record", "--out", "x"], []])
 def test_a_record_goes_to_one_place(flags, capsys):
     with pytest.raises(SystemExit):
