@@ -71,6 +71,23 @@ class TensorReader:
         short = parameter.removeprefix(f"{base_prefix}.")
         return next((name for name in (parameter, short) if name in self._places), None)
 
+    def read_float(self, parameter: str, base_prefix: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The float weight that a model's 4-bit one was made from, found as `find` does, on the CPU.
+
+        Raises:
+            UserError: it is not stored, not float or of another shape.
+        """
+        stored = self.find(parameter, base_prefix)
+        weight = None if stored is None else self.read(stored)
+        if weight is None or not weight.is_floating_point() or weight.shape != shape:
+            raise UserError(
+                "checkpoint",
+                expected=f"the float weight {parameter} of shape {shape}",
+                got="none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}",
+                remedy="Give the float model that the base was quantized from.",
+            )
+        return weight
+
 
 class ShardWriter:
     """Writes tensors into `model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`.

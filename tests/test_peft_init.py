@@ -116,7 +116,7 @@ def test_what_is_refused(llama, tmp_path):
         qlora.initialize_from_float(model, llama, "olora")
     with pytest.raises(UserError, match="model: expected 4-bit layers with the adapter 'other', got none"):
         qlora.initialize_from_float(model, llama, adapter_name="other")
-    with pytest.raises(UserError, match="inputs: expected batches that go through every adapted layer"):
+    with pytest.raises(UserError, match="inputs: expected batches that go through every layer"):
         qlora.initialize_from_float(model, llama, "qera")
     packed = qlora.load_pretrained_4bit(llama, **FLOAT)
     packed.save_pretrained(tmp_path / "packed")

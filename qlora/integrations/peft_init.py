@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from peft import PeftModel
 
 from qkernels.errors import UserError
 
+from ..layer_inputs import Batches, see_inputs
 from ..params4bit import Params4bit
 from ..tensor_files import TensorReader
 from .peft import LoraLinear4bit
@@ -48,7 +48,7 @@ def initialize_from_float(
     checkpoint: str | os.PathLike[str],
     method: str = "loftq",
     *,
-    inputs: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    inputs: Batches = (),
     adapter_name: str = "default",
     revision: str = "main",
 ) -> InitReport:
@@ -63,8 +63,8 @@ def initialize_from_float(
             adapter becomes the principal part of the weight and the base the rest, quantized; save the base too
             (`model.unload().save_pretrained(folder)`), for the adapter belongs to it.
             With "_niter_N" (4 is usual) a fast approximation of the singular value decomposition.
-        inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T]}, without padding; the texts to
-            train on, some thousands of tokens.
+        inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T]}, and "attention_mask" where some of
+            it is padding; the texts to train on, some thousands of tokens.
         adapter_name: which adapter.
         revision: of the checkpoint, on the hub.
 
@@ -101,51 +101,24 @@ def initialize_from_float(
     reader = TensorReader(checkpoint, revision)
     squares = torch.zeros(3, dtype=torch.float64)
     for name, layer in layers.items():
-        stored = reader.find(f"{name}.weight", base.base_model_prefix)
-        weight = None if stored is None else reader.read(stored)
-        shape = (layer.out_features, layer.in_features)
-        if weight is None or not weight.is_floating_point() or weight.shape != shape:
-            raise UserError(
-                "checkpoint",
-                expected=f"the float weight {name}.weight of shape {shape}",
-                got="none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}",
-                remedy="Give the float model that the base was quantized from.",
-            )
+        weight = reader.read_float(f"{name}.weight", base.base_model_prefix, layer.base_layer.weight_shape)
         weight = weight.to(layer.weight.device, torch.float32)
         squares += _initialize(layer, weight, kind, iterations, adapter_name, seen.pop(name, None))
     before, after, whole = squares.tolist()
     return InitReport(math.sqrt(before / whole), math.sqrt(after / whole), len(layers))
 
 
-def _inputs_of(
-    model: PeftModel, layers: Mapping[str, Any], inputs: Iterable[Mapping[str, torch.Tensor]] | None
-) -> dict[str, torch.Tensor]:
+def _inputs_of(model: PeftModel, layers: Mapping[str, Any], inputs: Batches) -> dict[str, torch.Tensor]:
     """Of what goes into each layer, rows x [n, in_features] on the CPU with its x^T x, n at most twice in_features."""
     seen: dict[str, torch.Tensor] = {}
 
     def add(name: str, x: torch.Tensor) -> None:
-        x = x.flatten(0, -2)
         rows = torch.cat([seen[name].to(x.device), x]) if name in seen else x
         if len(rows) > 2 * rows.shape[1]:
             rows = torch.linalg.qr(rows.float(), mode="r").R
         seen[name] = rows.cpu()
 
-    was_training = model.training
-    model.eval()
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments[0]))
-            hooks.callback(hook.remove)
-        for batch in inputs or ():
-            model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False)
-    model.train(was_training)
-    if len(seen) < len(layers):
-        raise UserError(
-            "inputs",
-            expected="batches that go through every adapted layer, for 'qera'",
-            got="none",
-            remedy="Pass inputs=[tokenizer(text, return_tensors='pt') for text in texts].",
-        )
+    see_inputs(model, layers, inputs, add)
     return seen
 
 
