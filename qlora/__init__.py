@@ -9,6 +9,7 @@ if it were not quantized, with a warning only), and peft's LoRA know `Linear4bit
 
 from qkernels.errors import UserError
 
+from .calibration import CalibrationReport, calibrate_from_float
 from .embedding4bit import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from .integrations import peft as _peft  # noqa: F401  (registers)
 from .integrations.peft_init import InitReport, initialize_from_float
@@ -25,6 +26,7 @@ from .sharding import prepare_for_fsdp
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationReport",
     "Embedding4bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
@@ -40,6 +42,7 @@ __all__ = [
     "UserError",
     "apply_lora",
     "as_bitsandbytes",
+    "calibrate_from_float",
     "choose_precision",
     "dequantize_model",
     "initialize_from_float",

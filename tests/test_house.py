@@ -37,6 +37,8 @@ FORBIDDEN = {
     "qlora/optimize/autocast.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/optimize/recompute.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/optimize/swiglu.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/rounding.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
+    "qlora/layer_inputs.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
     "qlora/lora.py": ("transformers", "peft", "trl", "datasets", "bitsandbytes", "qlora.integrations"),
 }
 FILES = sorted(path for package in ("qkernels", "qlora") for path in (ROOT / package).rglob("*.py"))

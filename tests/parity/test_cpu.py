@@ -13,6 +13,7 @@ import torch
 
 import qkernels
 from qkernels.format import BLOCKSIZES, FLOAT_DTYPES, FP4_THRESHOLDS, QUANT_STORAGES, QUANT_TYPES
+from qlora.rounding import quantize_4bit_for_inputs
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -50,6 +51,15 @@ def test_wire_form(storage, nested):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     loaded = qkernels.QuantState.from_dict(theirs, "cpu")
     assert torch.equal(qkernels.dequantize_4bit(packed, loaded), bnb.dequantize_4bit(expected, expected_state))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_it_decodes_weights_rounded_for_their_inputs(nested):
+    """Codes and scales are chosen otherwise there; the format is the same."""
+    weight, x = torch.randn(32, 128), torch.randn(300, 128)
+    packed, state = quantize_4bit_for_inputs(weight, x.t() @ x, compress_statistics=nested)
+    loaded = bnb.QuantState.from_dict(state.as_dict(packed=True), torch.device("cpu"))
+    assert torch.equal(bnb.dequantize_4bit(packed, loaded), qkernels.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("n", range(1, 131))

@@ -1,0 +1,126 @@
+"""Calibration of a 4-bit model: nearer to the float model on its inputs, and as good a 4-bit model as any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import LINEARS, save_tiny, tokens
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qlora
+from qkernels.errors import UserError
+
+FLOAT = {"dtype": "float32", "device": "cpu"}
+INPUTS = [{"input_ids": tokens(8, 33)}]
+
+
+@pytest.fixture
+def folder(name, tmp_path):
+    return save_tiny(name, tmp_path / "float")
+
+
+def logits(model, ids=INPUTS[0]["input_ids"]):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"blocksize": 32, "compress_statistics": False}, {"quant_type": "fp4"}])
+def test_it_comes_closer_to_the_float_model(folder, name, settings):
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    model = qlora.load_pretrained_4bit(folder, **FLOAT, **settings)
+    before = (logits(model) - expected).norm()
+    report = qlora.calibrate_from_float(model, folder, INPUTS)
+    assert (logits(model) - expected).norm() < 0.9 * before
+    assert report.layers == 2 * LINEARS[name]
+    assert 0.05 < report.before < 0.13
+    # Random weights and texts are the hard case: inputs of which all directions matter.
+    assert report.after < 0.85 * report.before
+
+
+def test_it_is_saved_loaded_and_trained_as_before(folder, tmp_path):
+    plain = qlora.load_pretrained_4bit(folder, **FLOAT)
+    model = qlora.load_pretrained_4bit(folder, **FLOAT)
+    qlora.calibrate_from_float(model, folder, INPUTS)
+    layouts = [
+        {key: (value.shape, value.dtype) for key, value in each.state_dict().items() if "quant_state" not in key}
+        for each in (model, plain)
+    ]
+    assert layouts[0] == layouts[1]
+    model.save_pretrained(tmp_path / "calibrated")
+    again = qlora.load_pretrained_4bit(tmp_path / "calibrated", **FLOAT)
+    assert torch.equal(logits(again), logits(model))
+    config = LoraConfig(target_modules="all-linear", r=4, lora_alpha=4, task_type="CAUSAL_LM")
+    tuned = get_peft_model(again, config).train()
+    tuned(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+
+
+def test_with_the_adapters_start_it_comes_closer_still(folder):
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    left = []
+    for calibrated in (False, True):
+        model = qlora.load_pretrained_4bit(folder, **FLOAT)
+        if calibrated:
+            qlora.calibrate_from_float(model, folder, INPUTS, rank=4)
+        tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_alpha=4))
+        qlora.initialize_from_float(tuned, folder, "qera", inputs=INPUTS)
+        left.append((logits(tuned) - expected).norm())
+    assert left[1] < 0.8 * left[0]
+
+
+def test_padding_is_left_out(llama):
+    """Texts one by one, and the same in one batch filled up with a token that none of them has."""
+    texts = [tokens(1, length) for length in (5, 9, 17)]
+    ids = torch.full((3, 17), 3)
+    mask = torch.zeros(3, 17, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, : text.shape[1]], mask[row, : text.shape[1]] = text[0], 1
+    found = []
+    for inputs in ([{"input_ids": text} for text in texts], [{"input_ids": ids, "attention_mask": mask}]):
+        model = qlora.load_pretrained_4bit(llama, **FLOAT)
+        found.append((qlora.calibrate_from_float(model, llama, inputs), logits(model)))
+    assert found[0][0].before == pytest.approx(found[1][0].before, rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=5e-3)
+
+
+def test_a_block_is_measured_behind_blocks_that_are_done(llama, monkeypatch):
+    """What reaches the second block while it is measured reaches it in the end; nothing behind it is computed."""
+    grams, real = {}, qlora.calibration._grams
+
+    def remembered(model, block, *rest):
+        grams[block] = real(model, block, *rest)
+        return grams[block]
+
+    monkeypatch.setattr(qlora.calibration, "_grams", remembered)
+    model = qlora.load_pretrained_4bit(llama, **FLOAT)
+    too_far = model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("computed what nobody asked for"))
+    qlora.calibrate_from_float(model, llama, INPUTS)
+    too_far.remove()
+    assert list(grams) == ["model.layers.0", "model.layers.1"]
+    name = "model.layers.1.self_attn.q_proj"
+    x = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, arguments: x.append(arguments[0].flatten(0, -2)))
+    logits(model)
+    torch.testing.assert_close(grams["model.layers.1"][name], x[0].t() @ x[0])
+
+
+def test_what_is_refused(llama):
+    def model():
+        return qlora.load_pretrained_4bit(llama, **FLOAT)
+
+    tuned = model()
+    get_peft_model(tuned, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UserError, match=r"model: expected .* without adapters, got one with adapters"):
+        qlora.calibrate_from_float(tuned, llama, INPUTS)
+    with pytest.raises(UserError, match="got no 4-bit linear layer"):
+        qlora.calibrate_from_float(AutoModelForCausalLM.from_pretrained(llama), llama, INPUTS)
+    with pytest.raises(UserError, match=r"inputs: .* got none that reaches model.layers.0.self_attn.q_proj"):
+        qlora.calibrate_from_float(model(), llama, [])
+    loaded = model()
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expected the float weight model.layers.0.mlp.up_proj.weight.*, got none"):
+        qlora.calibrate_from_float(loaded, llama, INPUTS)
