@@ -167,6 +167,22 @@ class MergeArguments:
 
 
 @dataclass
+class QuantizeArguments:
+    """What `qlora quantize` writes, and the texts that it rounds the weights for."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    output_dir: str | None = option(None, "New folder for the 4-bit model.")
+    calibrate: bool = option(True, "Round for the texts; false: each number to its nearest.")
+    dataset_name: str = option(DataArguments.dataset_name, "The texts, as of `qlora train`.")
+    dataset_text_field: str = option("prompt", "Column of the data that holds the text.")
+    max_samples: int | None = option(128, "The first so many of them; 'none' is all.")
+    max_length: int = option(512, "Cut texts to so many tokens.")
+    bitsandbytes: bool = option(False, "In the form that bitsandbytes writes, for programs that know only that (vLLM).")
+    use_cpu: bool = option(False, "Run on the CPU even if there is a GPU.")
+
+
+@dataclass
 class PlanArguments:
     """The run that `qlora plan` estimates."""
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "continue prompts, with or without an adapter",
     "compare": "show the base model beside the tuned one, on the same prompts",
     "merge": "write base and adapter as one ordinary model",
+    "quantize": "write a 4-bit model whose weights are rounded for your texts",
     "plan": "estimate memory and time of a run, without loading the model",
     "demo": "all of it on a small model, without a GPU or a network, in a few minutes",
 }

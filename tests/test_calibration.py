@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from models import LINEARS, save_tiny, tokens
 from peft import LoraConfig, get_peft_model
+from runs import prompts, refused, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
 from qkernels.errors import UserError
+from qlora.cli import main
 
 FLOAT = {"dtype": "float32", "device": "cpu"}
 INPUTS = [{"input_ids": tokens(8, 33)}]
@@ -124,3 +129,32 @@ def test_what_is_refused(llama):
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"expected the float weight model.layers.0.mlp.up_proj.weight.*, got none"):
         qlora.calibrate_from_float(loaded, llama, INPUTS)
+
+
+@pytest.mark.parametrize("form", ["ours", "bitsandbytes"])
+def test_the_command_writes_a_checkpoint_that_loads_anywhere(form, tmp_path, capsys):
+    model = save_model("llama", tmp_path / "float", hidden_size=64, intermediate_size=128)
+    flags = {"model_name_or_path": model, "dataset_name": "bundled", "max_samples": 20, "max_length": 24}
+    words = ["quantize", "--use_cpu", "true", *(f"--{key}={value}" for key, value in flags.items())]
+    plain, made = tmp_path / "plain", tmp_path / "made"
+    assert main([*words, "--output_dir", str(plain), "--calibrate", "false"]) == 0
+    assert main([*words, "--output_dir", str(made), "--bitsandbytes", str(form == "bitsandbytes").lower()]) == 0
+    said = re.search(r"error of the layers' outputs: ([\d.]+)% -> ([\d.]+)% \(14 layers\)", capsys.readouterr().out)
+    assert float(said[2]) < 0.85 * float(said[1])
+    method = json.loads((made / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert method == {"ours": "qkernels_nf4", "bitsandbytes": "bitsandbytes"}[form]
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    ids = tokenizer(prompts()[:20], return_tensors="pt", padding=True, max_length=24, truncation=True)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(**ids).logits
+        found = [
+            (qlora.load_pretrained_4bit(folder, **FLOAT)(**ids).logits - expected).norm() for folder in (plain, made)
+        ]
+    assert found[1] < 0.9 * found[0]
+
+
+def test_the_command_refuses_to_write_over_something(llama, tmp_path, capsys):
+    assert "--output_dir" in refused(capsys, "quantize", "--model_name_or_path", str(llama))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    assert "there" in refused(capsys, "quantize", "--output_dir", str(tmp_path / "there"))
