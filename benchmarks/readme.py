@@ -18,7 +18,7 @@ from pathlib import Path
 from .environment import ROOT
 from .error.sections import markdown_table
 from .figures import RESULTS, newest
-from .readme_tables import errors, exercise, kernels, lora, matmul, rivals, training
+from .readme_tables import errors, exercise, kernels, learning, lora, matmul, rivals, training
 from .report import Row
 
 README = ROOT / "README.md"
@@ -34,6 +34,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "lora": (("matmul*lora*.csv",), "python -m benchmarks.run --op lora", lora),
     "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
+    "learning": (("learning-curves-*.csv",), "python -m benchmarks.learning", learning),
     "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", errors),
 }
 

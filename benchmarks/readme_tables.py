@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from .error.figures import NAMES
 from .error.sections import percent, with_interval
 from .error.weights import POOLED
+from .learning_curves import curves_of
+from .learning_runs import PLAIN
 from .report import Row
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -151,6 +153,28 @@ def errors(weights: list[Row], models: list[Row]) -> Table:
         f"{name}'s weights",
         "its KL from float32, nats",
         "its perplexity over float32's",
+    ), body
+
+
+def learning(rows: list[Row]) -> Table:
+    """Each kind of weights' loss on the prompts to test on, before training and after."""
+    curves = curves_of(rows)
+    plain = curves[PLAIN]
+    body = []
+    for kind, curve in curves.items():
+        cells = [kind]
+        for step in (0, -1):
+            cells.append(f"{curve.by_seed()[:, step].mean():.4f}")
+            mean, low, high = curve.above(plain, step)
+            cells.append("" if kind == PLAIN else f"{mean:+.2%} ({low:+.2%} to {high:+.2%})")
+        body.append(cells)
+    name = rows[0]["model"]
+    return (
+        f"LoRA on {name}, {len(plain.losses)} seeds",
+        "loss before",
+        "above 16 bits",
+        f"after {plain.steps[-1]} steps",
+        "above 16 bits",
     ), body
 
 
