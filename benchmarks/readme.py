@@ -18,7 +18,7 @@ from pathlib import Path
 from .environment import ROOT
 from .error.sections import markdown_table
 from .figures import RESULTS, newest
-from .readme_tables import errors, exercise, kernels, learning, lora, matmul, rivals, training
+from .readme_tables import around, errors, exercise, kernels, learning, lora, matmul, rivals, training
 from .report import Row
 
 README = ROOT / "README.md"
@@ -28,6 +28,7 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 # Name -> records, the command that makes them, and the table of their rows.
 TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "training": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", training),
+    "around": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", around),
     "llama": (("llama-*.jsonl",), "python -m benchmarks.bloom7b1 --model llama-2-7b --layers 8", training),
     "kernels": (("dequantize-quantize-*.csv",), "python -m benchmarks.run --op dequantize --op quantize", kernels),
     "matmul": (("matmul*.csv",), "python -m benchmarks.run --op matmul", matmul),

@@ -9,7 +9,7 @@ from .error.sections import percent, with_interval
 from .error.weights import POOLED
 from .learning_curves import curves_of
 from .learning_runs import PLAIN
-from .report import Row
+from .report import GENERATE, Row
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -20,12 +20,8 @@ BLOCKSIZE = 64
 
 def training(rows: list[Row]) -> Table:
     """Tokens a second and peak memory of each stack, a line a case."""
-    done = {
-        (row["stack"], row["name"]): row
-        for row in rows
-        if row["status"] == "ok" and row["precision"] == "bf16" and "tokens_per_s" in row  # generating is no training
-    }
-    stacks = sorted(dict.fromkeys(stack for stack, _ in done), key=lambda stack: stack != "qlora")
+    done = {key: row for key, row in _done(rows).items() if "tokens_per_s" in row}  # generating is no training
+    stacks = _stacks(done)
     body = []
     for name in dict.fromkeys(name for _, name in done):
         cells = [
@@ -36,6 +32,37 @@ def training(rows: list[Row]) -> Table:
         ]
         body.append((name.replace("x", " x ") if name[0].isdigit() else f"the tutorial's {name}", *cells))
     return ("batch x length; tokens/s (GPU peak, GiB), bf16", *stacks), body
+
+
+def around(rows: list[Row]) -> Table:
+    """What is before and after training: seconds to load, and tokens a second to generate, with the peak memory."""
+    done = _done(rows)
+    stacks = _stacks(done)
+    loaded = {stack: row for (stack, _), row in done.items()}
+    generated = {stack: done.get((stack, GENERATE)) for stack in stacks}
+    body = [
+        (
+            "loading, s",
+            *(f"{loaded[s]['load_seconds']:.1f} ({loaded[s]['load_gpu_peak_allocated_gib']:.1f})" for s in stacks),
+        ),
+        (
+            "generating, tokens/s",
+            *(
+                f"{row['new_tokens_per_s']:.0f} ({row['gpu_peak_allocated_gib']:.1f})" if (row := generated[s]) else ""
+                for s in stacks
+            ),
+        ),
+    ]
+    return ("bf16 (GPU peak, GiB)", *stacks), body
+
+
+def _done(rows: list[Row]) -> dict[tuple[str, str], Row]:
+    """(stack, case) -> what was measured in bfloat16."""
+    return {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == "bf16"}
+
+
+def _stacks(done: Iterable[tuple[str, str]]) -> list[str]:
+    return sorted(dict.fromkeys(stack for stack, _ in done), key=lambda stack: stack != "qlora")
 
 
 def kernels(rows: list[Row]) -> Table:

@@ -91,3 +91,18 @@ def test_the_training_table_names_every_stack(tmp_path):
     (tmp_path / "bloom-7b1-gpu.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     text = readme.current("<!-- table: training -->\n<!-- end of table -->", tmp_path)
     assert "| 4 x 512 | 5,000 (6.0) | 4,000 (6.0) |" in text
+
+
+def test_what_is_around_training_has_a_blank_where_nothing_was_generated(tmp_path):
+    base = {"status": "ok", "precision": "bf16", "load_gpu_peak_allocated_gib": 4.0, "gpu_peak_allocated_gib": 6.0}
+    base |= {"commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01"}
+    rows = [
+        base | {"stack": "other", "name": "4x512", "load_seconds": 8.0, "tokens_per_s": 1.0},
+        base | {"stack": "qlora", "name": "4x512", "load_seconds": 7.0, "tokens_per_s": 1.0},
+        base | {"stack": "qlora", "name": "generate", "load_seconds": 7.0, "new_tokens_per_s": 100.0},
+    ]
+    (tmp_path / "bloom-7b1-gpu.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    text = readme.current("<!-- table: around -->\n<!-- end of table -->", tmp_path)
+    assert "| bf16 (GPU peak, GiB) | qlora | other |" in text
+    assert "| loading, s | 7.0 (4.0) | 8.0 (4.0) |" in text
+    assert "| generating, tokens/s | 100 (6.0) |  |" in text
