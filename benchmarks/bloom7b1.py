@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> Path:
             outcome = run_job(job, limit_s=max(0.0, min(options.limit_each, left)))
             new = report.rows_of(job, outcome, common)
             rows += new
-            report.write(stem, rows)
+            report.write(stem, rows, report.markdown)
             for row in new:
                 _print(row, time.monotonic() - begin)
             if outcome.failure is not None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qkernels.errors import UserError
-from qlora.checkpoint import atomic_file, check_writable
+from qlora.checkpoint import check_writable
 from qlora.integrations.transformers import dequantize_model
 from qlora.loading import load_pretrained_4bit, prepare_model_for_training
+from qlora.markdown import markdown_table
 from qlora.optimize import optimize_model
 
 from . import data, report
@@ -271,10 +272,7 @@ def run(options: argparse.Namespace) -> list[report.Row]:
             rows.append({**common, "family": family, **stability(folder, device, work, options.stability)})
     for row in rows:
         print(json.dumps({key: row[key] for key in _SHOWN if key in row}), flush=True)
-    with atomic_file(stem.with_suffix(".jsonl")) as file:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with atomic_file(stem.with_suffix(".md")) as file:
-        file.write_text(markdown(rows, stem.with_suffix(".jsonl").name), encoding="utf-8")
+    report.write(stem, rows, markdown)
     print(f"written: {stem}.md and .jsonl")
     return rows
 
@@ -292,17 +290,13 @@ def markdown(rows: list[report.Row], source: str) -> str:
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 1 else f"{value}"
 
     first = rows[0]
-    lines = [
-        f"# Step by step beside {YARDSTICK} on {first['gpu'] or first['processor']}",
-        "",
+    return (
+        f"# Step by step beside {YARDSTICK} on {first['gpu'] or first['processor']}\n\n"
         f"Made by `python -m benchmarks.fidelity` from `{source}`, which has every loss; commit {first['commit']}, "
-        f"{first['date']}, torch {first['torch']}, bitsandbytes {first['bitsandbytes']}, peft {first['peft']}.",
-        "",
-        "| " + " | ".join(_SHOWN) + " |",
-        "|" + " --- |" * len(_SHOWN),
-        *("| " + " | ".join(cell(row.get(key)) for key in _SHOWN) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+        f"{first['date']}, torch {first['torch']}, bitsandbytes {first['bitsandbytes']}, peft {first['peft']}.\n\n"
+        + markdown_table(_SHOWN, [[cell(row.get(key)) for key in _SHOWN] for row in rows])
+        + "\n"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,9 +22,9 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora.arguments import LoraArguments
-from qlora.checkpoint import atomic_file
 from qlora.gpus import find_gpu
 from qlora.loading import load_pretrained_4bit
+from qlora.markdown import markdown_table
 from qlora.memory import PARTS, Run, plan
 from qlora.optimize import optimize_model
 from qlora.roofline import step_time
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> Path:
         for embeddings, cases in ((False, CASES), (True, CASES_WITH_EMBEDDINGS)):
             for row in _rows(cases, embeddings, checkpoint, device, work, options):
                 rows.append({**common, **row})
-                _write(stem, rows)
+                report.write(stem, rows, markdown)
                 print(json.dumps({key: row[key] for key in _SHOWN if key in row}), flush=True)
     return stem
 
@@ -168,22 +168,16 @@ _SHOWN = (
 )
 
 
-def _write(stem: Path, rows: list[report.Row]) -> None:
-    with atomic_file(stem.with_suffix(".jsonl")) as file:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def markdown(rows: list[report.Row], source: str) -> str:
+    """The page made from the rows."""
     first = rows[0]
-    lines = [
-        f"# {first['model']}: `qlora plan` beside what was measured on {first['gpu'] or first['processor']}",
-        "",
-        f"Made by `python -m benchmarks.plan_check` from `{stem.with_suffix('.jsonl').name}`, "
-        f"commit {first['commit']}, {first['date']}, torch {first['torch']}, {first['precision']}.",
-        "",
-        "| " + " | ".join(_SHOWN) + " |",
-        "|" + " --- |" * len(_SHOWN),
-        *("| " + " | ".join(_cell(row.get(key)) for key in _SHOWN) + " |" for row in rows),
-    ]
-    with atomic_file(stem.with_suffix(".md")) as file:
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return (
+        f"# {first['model']}: `qlora plan` beside what was measured on {first['gpu'] or first['processor']}\n\n"
+        f"Made by `python -m benchmarks.plan_check` from `{source}`, commit {first['commit']}, {first['date']}, "
+        f"torch {first['torch']}, {first['precision']}.\n\n"
+        + markdown_table(_SHOWN, [[_cell(row.get(key)) for key in _SHOWN] for row in rows])
+        + "\n"
+    )
 
 
 def _cell(value: Any) -> str:

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qlora.markdown import markdown_table
+
 from .environment import ROOT
-from .error.sections import markdown_table
 from .figures import RESULTS, newest
 from .readme_tables import around, errors, exercise, kernels, learning, lora, matmul, rivals, training
 from .report import Row

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import atomic_file
+from qlora.markdown import markdown_table
 
 from .environment import LIBRARIES
 from .jobs import Job
@@ -91,12 +92,16 @@ def _value(text: str) -> Any:
     return text or None
 
 
-def write(stem: Path, rows: list[Row]) -> None:
-    """Write `STEM.jsonl` and `STEM.md` whole, replacing what this run wrote before."""
+def write(stem: Path, rows: list[Row], page: Callable[[list[Row], str], str]) -> None:
+    """Write `STEM.jsonl` and `STEM.md` whole, replacing what this run wrote before.
+
+    Args:
+        page: makes the Markdown of the rows and the name of their file.
+    """
     with atomic_file(stem.with_suffix(".jsonl")) as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with atomic_file(stem.with_suffix(".md")) as file:
-        file.write_text(markdown(rows, stem.with_suffix(".jsonl").name), encoding="utf-8")
+        file.write_text(page(rows, stem.with_suffix(".jsonl").name), encoding="utf-8")
 
 
 def markdown(rows: list[Row], source: str) -> str:
@@ -138,7 +143,7 @@ def _number(key: str, digits: int) -> Callable[[Row], str]:
 
 
 def _text(key: str) -> Callable[[Row], str]:
-    return lambda row: "-" if row.get(key) is None else str(row[key]).replace("|", "\\|")
+    return lambda row: "-" if row.get(key) is None else str(row[key])
 
 
 def _differing(kind: str) -> Callable[[Row], str]:
@@ -204,12 +209,7 @@ _FAILURE_COLUMNS = [*_STACK, ("in", _text("name")), ("reason", _text("reason"))]
 def _table(columns: list[Column], rows: list[Row]) -> str:
     if not rows:
         return "Nothing."
-    lines = [
-        "| " + " | ".join(title for title, _ in columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows),
-    ]
-    return "\n".join(lines)
+    return markdown_table([title for title, _ in columns], [[show(row) for _, show in columns] for row in rows])
 
 
 def _environment(row: Row) -> str:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from qlora.checkpoint import atomic_file
 from qlora.loading import load_pretrained_4bit
+from qlora.markdown import markdown_table
 from qlora.optimize import optimize_model
 
 from . import data, report
@@ -172,26 +173,18 @@ def markdown(rows: list[report.Row], source: str) -> str:
     cells = {(row["way"], row["kind"]): row for row in rows}
     kinds = [kind for kind, _ in KINDS]
 
-    def line(label: str, values: Sequence[str]) -> str:
-        return f"| {label} | " + " | ".join(values) + " |"
-
     busy = [sum(cells[way, kind]["ms"] for kind in kinds) for way in ways]
-    return "\n".join(
-        [
-            f"# {first['model']}: a training step's time on {first['gpu'] or first['processor']}",
-            "",
-            f"Made by `python -m benchmarks.step_profile` from `{source}`, commit {first['commit']}, {first['date']}, "
-            f"torch {first['torch']}, {first['precision']}, {first['batch']} x {first['length']} tokens. "
-            "Milliseconds a step, while it is profiled.",
-            "",
-            line("", ways),
-            "|" + " --- |" * (len(ways) + 1),
-            *(line(kind, [f"{cells[way, kind]['ms']:.1f}" for way in ways]) for kind in kinds),
-            line("all kernels", [f"{value:.1f}" for value in busy]),
-            line("wall", [f"{cells[way, 'wall']['ms']:.1f}" for way in ways]),
-            line("kernels, number", [f"{cells[way, 'wall']['launches']:.0f}" for way in ways]),
-            "",
-        ]
+    body = [
+        *([kind, *(f"{cells[way, kind]['ms']:.1f}" for way in ways)] for kind in kinds),
+        ["all kernels", *(f"{value:.1f}" for value in busy)],
+        ["wall", *(f"{cells[way, 'wall']['ms']:.1f}" for way in ways)],
+        ["kernels, number", *(f"{cells[way, 'wall']['launches']:.0f}" for way in ways)],
+    ]
+    return (
+        f"# {first['model']}: a training step's time on {first['gpu'] or first['processor']}\n\n"
+        f"Made by `python -m benchmarks.step_profile` from `{source}`, commit {first['commit']}, {first['date']}, "
+        f"torch {first['torch']}, {first['precision']}, {first['batch']} x {first['length']} tokens. "
+        f"Milliseconds a step, while it is profiled.\n\n{markdown_table(['', *ways], body)}\n"
     )
 
 

@@ -16,14 +16,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qkernels.errors import UserError
 from qlora.arguments import LoraArguments
-from qlora.checkpoint import atomic_file
 from qlora.gpus import GPUS, find_gpu
+from qlora.markdown import markdown_table
 from qlora.memory import PARTS, Run, plan
 from qlora.precision import choose_precision
 from qlora.roofline import step_time
@@ -78,10 +77,7 @@ def run(options: argparse.Namespace) -> tuple[Path, report.Row]:
     if outcome.failure is not None:
         print(outcome.log_tail, file=sys.stderr)
     row |= judged(row)
-    with atomic_file(stem.with_suffix(".jsonl")) as file:
-        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with atomic_file(stem.with_suffix(".md")) as file:
-        file.write_text(markdown(row, stem.with_suffix(".jsonl").name), encoding="utf-8")
+    report.write(stem, [row], markdown)
     return stem, row
 
 
@@ -158,16 +154,15 @@ _LINES: list[tuple[str, str, str]] = [
 ]
 
 
-def markdown(row: report.Row, source: str) -> str:
-    """The page made from the row."""
-    shown: list[tuple[str, Any]] = [
-        (label, form.format(row[key])) for label, key, form in _LINES if row.get(key) is not None
-    ]
-    table = "\n".join(f"| {label} | {value} |" for label, value in shown)
+def markdown(rows: list[report.Row], source: str) -> str:
+    """The page made from the one row."""
+    (row,) = rows
+    shown = [(label, form.format(row[key])) for label, key, form in _LINES if row.get(key) is not None]
+    table = markdown_table(["", ""], shown)
     return (
         f"# {row['model']}: the tutorial's recipe within a T4's limits\n\n"
         f"Made by `python -m benchmarks.t4_recipe` from `{source}`, which has more. A GPU that is no T4 ran it: memory "
-        f"is a T4's, time is not.\n\n| | |\n| --- | --- |\n{table}\n"
+        f"is a T4's, time is not.\n\n{table}\n"
     )
 
 

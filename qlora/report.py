@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from . import __version__
 from .checkpoint import atomic_file
+from .markdown import markdown_table
 from .module4bit import Module4bit
 from .units import MIB
 
@@ -133,12 +133,12 @@ def report_text(result: RunResult) -> str:
         f"# Fine-tuning {Path(result.model).name}",
         f"Base model: {result.model}. Data: {result.dataset}. Computed on {result.device} in {result.precision}.",
         "## Loss",
-        _table(("", "before", "after"), _loss_rows(result, losses)),
+        markdown_table(("", "before", "after"), _loss_rows(result, losses)),
         "![loss over the steps](loss.png)",
         "## Memory and parameters",
-        _table(("", ""), _memory_rows(result)),
+        markdown_table(("", ""), _memory_rows(result)),
         "## Run",
-        _table(
+        markdown_table(
             ("", ""),
             [
                 ("steps", str(steps[-1] if steps else 0)),
@@ -152,7 +152,7 @@ def report_text(result: RunResult) -> str:
         parts.append("## The same prompts before and after")
     for prompt, before, after in result.samples:
         parts += [f"### {prompt}", f"Before:\n\n{_quoted(before)}", f"After:\n\n{_quoted(after)}"]
-    parts += ["## Versions", _table(("", ""), list(versions().items()))]
+    parts += ["## Versions", markdown_table(("", ""), list(versions().items()))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -202,11 +202,6 @@ def _memory_rows(result: RunResult) -> list[tuple[str, str]]:
 
 def _share(result: RunResult) -> float:
     return result.trainable / result.parameters
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _quoted(text: str) -> str:

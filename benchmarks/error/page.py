@@ -10,11 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from qlora.checkpoint import atomic_file
+from qlora.markdown import markdown_table
 
 from ..environment import LIBRARIES
 from ..report import Row
 from . import sections
-from .sections import Section, markdown_table
+from .sections import Section
 
 TITLE = "Errors of 4-bit weights"
 MOST_OPEN = 16  # lines of a table that is shown at once in the HTML; a longer one opens at a click

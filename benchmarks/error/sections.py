@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..report import Row
@@ -203,8 +203,3 @@ def of_model(rows: list[Row]) -> list[Section]:
     )
     head = ("weights", "blocksize", "by", "bits", "KL, nats", "same first choice", "perplexity", "over float32's")
     return [Section("The whole model", text, "error-model.png", head, tuple(body))]
-
-
-def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
