@@ -18,8 +18,9 @@ from pathlib import Path
 from qlora.markdown import markdown_table
 
 from .environment import ROOT
+from .error.sections import usual
 from .figures import RESULTS, newest
-from .readme_tables import around, errors, exercise, kernels, learning, lora, matmul, rivals, training
+from .readme_tables import around, exercise, kernels, learning, lora, matmul, rivals, training
 from .report import Row
 
 README = ROOT / "README.md"
@@ -37,7 +38,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
     "learning": (("learning-curves-*.csv",), "python -m benchmarks.learning", learning),
-    "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", errors),
+    "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", usual),
 }
 
 # What a table says before it, where there is a record.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .error.figures import NAMES
-from .error.sections import percent, with_interval
-from .error.weights import POOLED
 from .learning_curves import curves_of
 from .learning_runs import PLAIN
 from .report import GENERATE, Row
@@ -15,7 +12,6 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 OURS, THEIRS = "qkernels", "bitsandbytes"
 SHOWN_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
-BLOCKSIZE = 64
 
 
 def training(rows: list[Row]) -> Table:
@@ -150,39 +146,6 @@ def exercise(rows: list[Row]) -> Table:
     return ("by", "seconds for all", f"speed-up over {THEIRS}"), body
 
 
-def errors(weights: list[Row], models: list[Row]) -> Table:
-    """The formats at the usual blocksize with double quantization: normal weights, a model's, and what they cost it."""
-    body = []
-    for row in weights:
-        usual = row["nested"] and row["blocksize"] == BLOCKSIZE and row["provider"] != THEIRS
-        if not usual or row["weights"] != "normal":
-            continue
-        peers = (row["format"], row["blocksize"], row["nested"], row["provider"])
-        pooled = next(one for one in weights if one["tensor"] == POOLED and _peers(one) == peers)
-        model = next(one for one in models if _peers(one) == peers)
-        body.append(
-            (
-                NAMES[row["format"]],
-                f"{row['bits_per_weight']:.2f}",
-                percent(row["relative_rms"]),
-                percent(row["relative_rms_theory"]),
-                percent(pooled["relative_rms"]),
-                with_interval(model, "kl", "{:.4f}".format),
-                with_interval(model, "perplexity_ratio", "{:.3f}".format),
-            )
-        )
-    name = models[0]["model"]
-    return (
-        f"blocks of {BLOCKSIZE}, double quantization",
-        "bits a weight",
-        "RMS error, normal weights",
-        "expected",
-        f"{name}'s weights",
-        "its KL from float32, nats",
-        "its perplexity over float32's",
-    ), body
-
-
 def learning(rows: list[Row]) -> Table:
     """Each kind of weights' loss on the prompts to test on, before training and after."""
     curves = curves_of(rows)
@@ -203,10 +166,6 @@ def learning(rows: list[Row]) -> Table:
         f"after {plain.steps[-1]} steps",
         "above 16 bits",
     ), body
-
-
-def _peers(row: Row) -> tuple[object, ...]:
-    return row["format"], row["blocksize"], row["nested"], row["provider"]
 
 
 def _only(rows: Iterable[Row], shape: tuple[int, int], op: str, method: str, provider: str) -> Row:

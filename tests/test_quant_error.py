@@ -14,7 +14,19 @@ pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra
 
 import qkernels
 from benchmarks import error_page, figures, quant_error
-from benchmarks.error import check, formats, model, outputs, records, sources, statistics, tables, theory, weights
+from benchmarks.error import (
+    check,
+    formats,
+    model,
+    outputs,
+    records,
+    sections,
+    sources,
+    statistics,
+    tables,
+    theory,
+    weights,
+)
 from qkernels import format as definition
 from qlora.loading import load_pretrained_4bit
 from tests.models import tiny_model
@@ -154,6 +166,22 @@ def test_a_run_leaves_records_and_a_page(trial):
         assert text in (trial / "error.md").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4  # codes, cosine, error against blocksize, outputs
     assert "http" not in page
+
+
+def test_in_short_are_the_formats_that_both_levels_measured():
+    weights_rows = [
+        {"format": name, "blocksize": 64, "nested": True, "provider": "qkernels", "weights": kind, "tensor": tensor}
+        | {"bits_per_weight": 4.127, "relative_rms": value, "relative_rms_theory": 0.09}
+        for name in ("nf4", "int8")
+        for kind, tensor, value in (("normal", None, 0.092), ("model", weights.POOLED, 0.094))
+    ]
+    interval = {f"{key}{end}": 1.5 for key in ("kl", "perplexity_ratio") for end in ("", "_low", "_high")}
+    models = [weights_rows[0] | interval | {"model": "M"}]
+    (section,) = sections.in_short(weights_rows, models)
+    assert section.head[4] == "M's weights"
+    kl, perplexity = "1.5000 (1.5000 to 1.5000)", "1.500 (1.500 to 1.500)"
+    assert section.body == (("NF4", "4.13", "9.200%", "9.000%", "9.400%", kl, perplexity),)
+    assert sections.in_short(weights_rows[:1], models) == []
 
 
 def test_nothing_is_made_from_a_record_that_was_edited(trial, tmp_path, capsys):

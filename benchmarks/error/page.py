@@ -33,6 +33,8 @@ def write(
         figures: folder of the same pictures, which the Markdown links to; None: it shows none.
     """
     parts = sections.definitions()
+    if {"weights", "model"} <= found.keys():
+        parts = sections.in_short(found["weights"][1], found["model"][1]) + parts
     for level, (_, rows) in found.items():
         parts += LEVELS[level](rows)
     intro = _intro(found)

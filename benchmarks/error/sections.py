@@ -38,6 +38,59 @@ def percent(value: float) -> str:
     return f"{100 * value:.3f}%"
 
 
+def usual(weights: list[Row], models: list[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A table: the formats at the usual blocksize with double quantization, on normal weights, on a model's, and what
+    they cost it.
+
+    Args:
+        weights, models: rows of the levels of these names; of the same formats.
+    """
+    body = []
+    for row in weights:
+        is_usual = row["nested"] and row["blocksize"] == USUAL_BLOCKSIZE and row["provider"] != "bitsandbytes"
+        if not is_usual or row["weights"] != "normal":
+            continue
+        pooled = next(one for one in weights if one["tensor"] == POOLED and _peers(one) == _peers(row))
+        model = next(one for one in models if _peers(one) == _peers(row))
+        body.append(
+            (
+                NAMES[row["format"]],
+                f"{row['bits_per_weight']:.2f}",
+                percent(row["relative_rms"]),
+                percent(row["relative_rms_theory"]),
+                percent(pooled["relative_rms"]),
+                with_interval(model, "kl", "{:.4f}".format),
+                with_interval(model, "perplexity_ratio", "{:.3f}".format),
+            )
+        )
+    name = models[0]["model"]
+    return (
+        f"blocks of {USUAL_BLOCKSIZE}, double quantization",
+        "bits a weight",
+        "RMS error, normal weights",
+        "expected",
+        f"{name}'s weights",
+        "its KL from float32, nats",
+        "its perplexity over float32's",
+    ), body
+
+
+def _peers(row: Row) -> tuple[object, ...]:
+    return row["format"], row["blocksize"], row["nested"], row["provider"]
+
+
+def in_short(weights: list[Row], models: list[Row]) -> list[Section]:
+    """The table of `usual`; nothing where a run left out what it shows."""
+    shown = {_peers(row) for row in weights if row["tensor"] == POOLED} & {_peers(row) for row in models}
+    head, body = usual([row for row in weights if _peers(row) in shown], models)
+    text = (
+        "The error of weights beside what a theory expects of it, and what it costs a language model; 95% intervals in "
+        "brackets. KL says how far the model is from itself in float32; perplexity, how well it predicts these texts, "
+        "need not order the formats alike."
+    )
+    return [Section("In short", text, None, head, tuple(body))] if body else []
+
+
 def definitions() -> list[Section]:
     return [
         Section(
