@@ -61,6 +61,7 @@ bench-smoke: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.tune --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.accuracy --smoke --out build/smoke
 	$(BIN)/python -m benchmarks.quant_error --level weights outputs --model --smoke --out build/smoke
+	$(BIN)/python -m pytest benchmarks --benchmark-disable -q
 
 # Every record that needs an NVIDIA GPU, by the commands of docs/benchmarks.md, and what is made of them.  Give it the
 # data set: make records DATA=awesome_chatgpt_prompts.csv
