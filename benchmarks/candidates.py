@@ -16,8 +16,10 @@ import qkernels
 from qkernels.dense import linear
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Product, choose
 from qkernels.kernels.matmul_skinny import matmul_skinny_triton
+from qkernels.kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from qkernels.kernels.matmul_wgmma import matmul_wgmma_triton
 from qkernels.tuning.skinny import SkinnyConfig, skinny_candidates, skinny_config
+from qkernels.tuning.skinny_dx import SkinnyDxConfig, skinny_dx_candidates, skinny_dx_config
 from qkernels.tuning.wgmma import WgmmaConfig, expected_us, wgmma_candidates, wgmma_config
 
 # Tilings that are expected to be so much slower than the best one are not measured.
@@ -32,7 +34,7 @@ class Candidate:
     """
 
     implementation: str
-    config: SkinnyConfig | WgmmaConfig | None = None
+    config: SkinnyConfig | SkinnyDxConfig | WgmmaConfig | None = None
 
     @property
     def configuration(self) -> str:
@@ -44,8 +46,8 @@ class Candidate:
 def candidates(product: Product) -> list[Candidate]:
     """All that can compute the product, dequantizing first."""
     found = [Candidate(DEQUANTIZE)]
-    if not product.backward:
-        found += [Candidate(SKINNY, config) for config in skinny_candidates(*product[:3], product.sm)]
+    configs = skinny_dx_candidates if product.backward else skinny_candidates
+    found += [Candidate(SKINNY, config) for config in configs(*product[:3], product.sm)]
     if product.sm == 90:
         tilings = wgmma_candidates(*product[:3], product.backward)
         result = (product.M, *((product.K, product.N) if product.backward else (product.N, product.K)))
@@ -58,7 +60,8 @@ def chosen(product: Product) -> Candidate:
     """The one that the dispatch and the tables choose."""
     implementation = choose(product).implementation
     if implementation == SKINNY:
-        return Candidate(SKINNY, skinny_config(*product[:3], product.sm))
+        config_of = skinny_dx_config if product.backward else skinny_config
+        return Candidate(SKINNY, config_of(*product[:3], product.sm))
     if implementation == WGMMA:
         return Candidate(WGMMA, wgmma_config(*product[:3], product.backward))
     return Candidate(implementation)
@@ -76,9 +79,13 @@ def call_of(
     """
     assert state.state2 is not None
     config: Any = candidate.config
-    if candidate.implementation == SKINNY:
-        launch, options = matmul_skinny_triton, {}
+    bias: tuple[None, ...] = (None,)
+    if candidate.implementation == SKINNY and product.backward:
+        launch, options, bias = matmul_skinny_dx_triton, {}, ()
         weight: tuple[Any, ...] = (packed,)
+    elif candidate.implementation == SKINNY:
+        launch, options = matmul_skinny_triton, {}
+        weight = (packed,)
     elif candidate.implementation == WGMMA:
         launch, options = matmul_wgmma_triton, {"backward": product.backward}
         weight = (packed, (product.N, product.K))
@@ -92,7 +99,7 @@ def call_of(
 
     def call() -> Tensor:
         result = torch.empty(size, dtype=x.dtype, device=x.device) if out is None else out
-        launch(x, *weight, *scales, None, result, config, *nested, **options)
+        launch(x, *weight, *scales, *bias, result, config, *nested, **options)
         return result
 
     return call

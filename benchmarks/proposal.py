@@ -74,8 +74,11 @@ def _better(
 
 
 def _skinny_group(product: Product) -> tuple[object, ...]:
-    """The table has an entry for M up to 4, 8, 16 and 32."""
-    return product.N, product.K, max(4, 1 << (product.M - 1).bit_length())
+    """The forward table has an entry for M up to 4, 8, 16 and 32, the backward one for M up to 8, 16 and 32."""
+    most_rows = 1 << (product.M - 1).bit_length()
+    if product.backward:
+        return "dX", product.N, product.K, max(8, most_rows)
+    return product.N, product.K, max(4, most_rows)
 
 
 def _wgmma_group(product: Product) -> tuple[object, ...]:

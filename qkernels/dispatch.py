@@ -17,6 +17,7 @@ from .errors import UserError
 from .format import FLOAT_DTYPES
 from .tuning.lora import inner_parts, padded_rank
 from .tuning.skinny import skinny_config, skinny_limit
+from .tuning.skinny_dx import skinny_dx_config, skinny_dx_limit
 from .tuning.wgmma import wgmma_limit
 
 SKINNY = "fused skinny"
@@ -84,19 +85,20 @@ class Rule(NamedTuple):
 
 
 def _refuse_skinny(product: Product) -> str | None:
-    limit = skinny_limit(product.sm)
-    if product.backward:
-        return "it is a forward product"
+    M, N, K = product[:3]
+    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm)
     if product.dtype == torch.float32 or (product.dtype == torch.bfloat16 and product.sm < 80):
         return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
-    if not 1 <= product.M <= limit:
-        return f"M={product.M} is not in 1 to {limit}"
-    if product.K % 64 or product.blocksize < 64:
-        return f"K={product.K} and blocks of {product.blocksize} are not both multiples of 64"
+    if not 1 <= M <= limit:
+        return f"M={M} is not in 1 to {limit}"
+    if K % 64 or product.blocksize < 64:
+        return f"K={K} and blocks of {product.blocksize} are not both multiples of 64"
     if not product.aligned:
         return "the packed weight is not aligned to 16 bytes"
-    if skinny_config(product.M, product.N, product.K, product.sm) is None:
-        return f"N={product.N} is below 16, or the scales of K={product.K} exceed shared memory"
+    if product.backward:
+        return f"N={N} is below 8" if skinny_dx_config(M, N, K, product.sm) is None else None
+    if skinny_config(M, N, K, product.sm) is None:
+        return f"N={N} is below 16, or the scales of K={K} exceed shared memory"
     return None
 
 

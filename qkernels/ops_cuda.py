@@ -21,11 +21,13 @@ from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_t
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
 from .kernels.matmul_skinny import skinny_launch
+from .kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from .kernels.matmul_wgmma import matmul_wgmma_triton
 from .kernels.mean import ORDER_IS_KNOWN, SLOTS, partial_sums_triton, summation_order
 from .kernels.quantize import quantize_4bit_triton
 from .tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
 from .tuning.skinny import skinny_config
+from .tuning.skinny_dx import skinny_dx_config
 from .tuning.wgmma import wgmma_config
 
 _NOTHING = nullcontext()
@@ -240,9 +242,28 @@ def gemm_4bit_dx(
     *nested: Tensor | None,
 ) -> Tensor:
     product = product_of(grad, B, shapeB, blocksize, backward=True)
-    if choose(product).implementation == WGMMA:
+    implementation = choose(product).implementation
+    if implementation == SKINNY:
+        return _gemm_4bit_dx_skinny(grad, B, product, absmax, quant_type, *nested)
+    if implementation == WGMMA:
         return product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
+
+
+def _gemm_4bit_dx_skinny(
+    grad: Tensor, B: Tensor, product: Product, absmax: Tensor, quant_type: str, *nested: Tensor | None
+) -> Tensor:
+    M, N, K = product[:3]
+    codes = nested[0]
+    if codes is not None and codes.data_ptr() % 4:  # read in words
+        nested = (codes.clone(), *nested[1:])
+    dx = torch.empty((*grad.shape[:-1], K), dtype=grad.dtype, device=grad.device)
+    config = skinny_dx_config(M, N, K, product.sm)
+    assert config is not None
+    dy = contiguous_and_aligned(grad).view(M, N)
+    with on_device_of(grad):
+        matmul_skinny_dx_triton(dy, B, absmax, product.blocksize, quant_type, dx.view(M, K), config, *nested)
+    return dx
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

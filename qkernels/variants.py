@@ -18,18 +18,20 @@ import torch
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
 from .kernels._pairs import ALPHA, pair_codes
-from .kernels._wgmma import sum_parts_kernel
+from .kernels._wgmma import SUM_CONFIG, sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
-from .kernels.matmul_wgmma import SUM_CONFIG, X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
+from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
+from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
 from .tuning.lora import DownConfig, TileConfig, down_config, grads_config, inner_parts, up_config
 from .tuning.skinny import SkinnyConfig, skinny_config
+from .tuning.skinny_dx import SkinnyDxConfig, skinny_dx_config
 from .tuning.wgmma import WgmmaConfig, tiling
 
 _NO_DROPOUT: dict[str, Any] = {"DROPOUT": False, "THRESHOLD": 0, "KEPT_SCALE": 1.0, "seed_ptr": None}
@@ -53,12 +55,13 @@ class Variant:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    config: LaunchConfig | SkinnyConfig | WgmmaConfig | DownConfig | TileConfig
+    config: LaunchConfig | SkinnyConfig | SkinnyDxConfig | WgmmaConfig | DownConfig | TileConfig
 
 
 def variants(arch: str = "sm_75") -> Iterator[Variant]:
     """All of them, as they are launched on that architecture."""
     yield from _matmul_skinny(int(arch.removeprefix("sm_")))
+    yield from _matmul_skinny_dx(int(arch.removeprefix("sm_")))
     if arch == "sm_90":
         yield from _matmul_wgmma()
     if arch != "sm_75":  # `tl.dot` has no tensor cores there
@@ -274,6 +277,65 @@ def skinny_variant(
     )
 
 
+# (N, K) as above, one that is not split, and an N that is no multiple of eight.
+_SKINNY_DX_SHAPES = ((12288, 4096), (4096, 16384), (11008, 4096), (333, 64), (1001, 4160))
+
+
+def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
+    for M in (1, 16, 32):
+        for N, K in _SKINNY_DX_SHAPES:
+            for dtype in ("fp16", "bf16") if sm >= 80 and K == 4096 else ("fp16",):
+                yield skinny_dx_variant(M, N, K, sm, dtype, "nf4", 64, nested=K != 64)
+    yield skinny_dx_variant(3, 12288, 4096, sm, "fp16", "fp4", 256, nested=True)
+    config = skinny_dx_config(1, 12288, 4096, sm)
+    assert config is not None
+    if config.parts > 1:
+        yield sum_variant("skinny_dx", dx_sum_constants(config))
+
+
+def skinny_dx_variant(
+    M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool
+) -> Variant:
+    """The one that `matmul_skinny_dx_triton` would launch."""
+    config = skinny_dx_config(M, N, K, sm)
+    assert config is not None
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    constants = skinny_dx_constants(config, torch_dtype)
+    out = "*fp32" if constants["SPLIT"] else f"*{dtype}"
+    pointers = {"dy_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": out}
+    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+    return Variant(
+        f"matmul_skinny_dx M={M} N={N} K={K} {dtype} {quant_type} blocksize={blocksize}{' nested' if nested else ''}",
+        _matmul_skinny_dx_kernel,
+        {**pointers, **(scales if nested else {}), "M": "i32", "N": "i32", "part_steps": "i32"},
+        {
+            "K": K,
+            "CODES": float_codes(quant_type),
+            "NESTED": nested,
+            "NESTED_BLOCK": NESTED_BLOCKSIZE,
+            "QUANT_BLOCK": blocksize,
+            "ALIGNED": N % 8 == 0,
+            **constants,
+        }
+        | ({} if nested else dict.fromkeys(scales)),
+        config,
+    )
+
+
+def sum_variant(of: str, constants: dict[str, object]) -> Variant:
+    """Of the kernel that adds the parts of a split product."""
+    has_bias = bool(constants["HAS_BIAS"])
+    return Variant(
+        f"sum_parts {of} fp16{' bias' if has_bias else ''}",
+        sum_parts_kernel,
+        {"parts_ptr": "*fp32", "out_ptr": "*fp16"}
+        | ({"bias_ptr": "*fp16"} if has_bias else {})
+        | dict.fromkeys(("M", "R", "first_tile", "columns_of_tiles"), "i32"),
+        constants | ({} if has_bias else {"bias_ptr": None}),
+        SUM_CONFIG,
+    )
+
+
 def _matmul_wgmma() -> Iterator[Variant]:
     for columns in (64, 128, 256):
         for backward in (False, True):
@@ -284,15 +346,7 @@ def _matmul_wgmma() -> Iterator[Variant]:
             yield wgmma_variant(columns, "bf16", False, backward, rank=64)
     for has_bias in (False, True):
         config = tiling(64, 4096, 4096, 64, 4, 0)
-        yield Variant(
-            f"sum_parts fp16{' bias' if has_bias else ''}",
-            sum_parts_kernel,
-            {"parts_ptr": "*fp32", "out_ptr": "*fp16"}
-            | ({"bias_ptr": "*fp16"} if has_bias else {})
-            | dict.fromkeys(("M", "R", "first_tile", "columns_of_tiles"), "i32"),
-            sum_constants(config, has_bias) | ({} if has_bias else {"bias_ptr": None}),
-            SUM_CONFIG,
-        )
+        yield sum_variant("wgmma", sum_constants(config, has_bias))
 
 
 def wgmma_variant(

@@ -67,11 +67,12 @@ class OutputLayer4bit(Linear4bit):
         tokens = x.numel() // self.in_features
         dtype = autocast_dtype(x) or self.compute_dtype or x.dtype
         shape = (tokens, self.out_features, self.in_features)
-        forward = explain(*shape, dtype, x.device, blocksize=quant_state.blocksize)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return forward.implementation in (SKINNY, WGMMA)
-        backward = explain(*shape, dtype, x.device, blocksize=quant_state.blocksize, backward=True)
-        return forward.implementation in (SKINNY, WGMMA) and backward.implementation == WGMMA
+        directions = (False, True) if torch.is_grad_enabled() and x.requires_grad else (False,)
+        return all(
+            explain(*shape, dtype, x.device, blocksize=quant_state.blocksize, backward=backward).implementation
+            in (SKINNY, WGMMA)
+            for backward in directions
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.is_tied:

@@ -62,9 +62,8 @@ def test_why_not(arguments, reason):
     assert reason in said
 
 
-def test_why_not_for_small_blocks_or_backward():
+def test_why_not_for_small_blocks():
     assert "blocks of 32" in qkernels.explain(1, 4096, 4096, device=(9, 0), blocksize=32).reason
-    assert "forward" in qkernels.explain(1, 4096, 4096, device=(9, 0), backward=True).reason
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)])

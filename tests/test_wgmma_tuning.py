@@ -50,7 +50,7 @@ def test_who_takes_what():
     for M in (33, 64, 512):
         assert explain(M, 12288, 4096, torch.bfloat16, (9, 0)).implementation == WGMMA
         assert explain(M, 12288, 4096, device=(9, 0), backward=True).implementation == WGMMA
-    assert explain(1, 12288, 4096, device=(9, 0), backward=True).implementation == WGMMA
+    assert explain(32, 12288, 4096, device=(9, 0), backward=True).implementation == SKINNY
     assert wgmma_limit(4096, 4096) == 256
     assert explain(257, 4096, 4096, device=(9, 0)).implementation == DEQUANTIZE
 

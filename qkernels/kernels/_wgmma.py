@@ -13,6 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..tuning import LaunchConfig
 
 # Triton 3.6 puts no barrier between those of the kernel.  3.9 does, which makes three or four of the two a step, and
 # then warp groups that take turns would wait for each other: there they go together.
@@ -23,6 +26,7 @@ copy_bytes = async_copy.async_load if hasattr(tma, "async_load") else async_copy
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 TABLE_BYTES = 32768
+SUM_CONFIG = LaunchConfig(rows=1, num_warps=4)
 # Declared in assembly because a table look-up by address has no other way to it; counted by the driver, not by Triton.
 _TABLE_ADDRESS = gl.constexpr(f"{{ .shared .align 128 .b8 qk_byte_table[{TABLE_BYTES}]; mov.u32 $0, qk_byte_table; }}")
 _STORE_WORD = gl.constexpr("st.shared.b32 [$1], $2; mov.u32 $0, $2;")
@@ -211,8 +215,15 @@ def sum_parts_kernel(
     PARTS: tl.constexpr,
     PIECE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Add the parts of split tiles in order, and the bias, to out[M, R]; a program takes PIECE columns of a tile."""
+    """Add the parts of split tiles in order, and the bias, to out[M, R]; a program takes PIECE columns of a tile.
+
+    EARLY as in `_early.py`.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tl.program_id(0)
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(1) * PIECE + tl.arange(0, PIECE)

@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..format import NESTED_BLOCKSIZE, byte_table
-from ..tuning import LaunchConfig
 from ..tuning.wgmma import WgmmaConfig
 from ._adapter import add_adapter, inner_memory, store_inner
 from ._launch import Launcher
 from ._wgmma import (
+    SUM_CONFIG,
     TAKE_TURNS,
     block_barrier,
     copy_bytes,
@@ -308,7 +308,6 @@ def _matmul_wgmma_kernel(
 
 _launch = Launcher(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
 _launch_sum = Launcher(sum_parts_kernel)
-SUM_CONFIG = LaunchConfig(rows=1, num_warps=4)
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 _SUM_COLUMNS = 16
 
@@ -346,6 +345,7 @@ def sum_constants(config: WgmmaConfig, has_bias: bool) -> dict[str, object]:
         "PARTS": config.parts,
         "PIECE": _SUM_COLUMNS,
         "HAS_BIAS": has_bias,
+        "EARLY": False,
     }
 
 

@@ -13,7 +13,7 @@ CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
 SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Multiprocessors of a T4, an A100, an RTX 3090, an H100, a B200, an RTX 5090; others of their kind count as these.
-_PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
+PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 
 
 class SkinnyConfig(NamedTuple):
@@ -108,7 +108,7 @@ def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
     found = []
     for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
         config = _config(M, K, known, tiles, row_warps, num_warps)
-        enough = config.rows == 16 or config.rows * _PROCESSORS[known] <= 2 * N
+        enough = config.rows == 16 or config.rows * PROCESSORS[known] <= 2 * N
         if _fits(config, N, known) and enough:
             found.append(config)
     return found
@@ -131,6 +131,6 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
         if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
             num_warps, programs = _LONG_WARPS, _LONG_PROGRAMS
         config = _config(M, K, known, tiles, row_warps, num_warps)
-        if _fits(config, N, known) and config.rows * programs * _PROCESSORS[known] <= N:
+        if _fits(config, N, known) and config.rows * programs * PROCESSORS[known] <= N:
             best = config
     return best

@@ -75,18 +75,6 @@ def filled(length: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((length * dtype.itemsize,), 0xAB, dtype=torch.uint8, device="cuda").view(dtype)
 
 
-def scales(state: qkernels.QuantState) -> dict[str, torch.Tensor]:
-    """A kernel's arguments for plain or for doubly quantized scales."""
-    if not state.nested:
-        return {"absmax_ptr": state.absmax}
-    return {
-        "absmax_ptr": state.state2.absmax,
-        "absmax_8bit_ptr": state.absmax,
-        "absmax_code_ptr": state.state2.code,
-        "absmax_offset_ptr": state.offset,
-    }
-
-
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -132,7 +120,12 @@ def test_dequantize_4bit(variant, quant_type):
         absmax = state.absmax
         if nested:
             absmax = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)
-        arguments = {"packed_ptr": packed, "out_ptr": out, "n": n, "n_bytes": packed_length(n)} | scales(state)
+        arguments = {
+            "packed_ptr": packed,
+            "out_ptr": out,
+            "n": n,
+            "n_bytes": packed_length(n),
+        } | skinny.scale_arguments(state)
         kernel(grid(variant, n), {**arguments, "code_ptr": code_table(quant_type, device())})
         assert_bits_equal(out, dequantize_4bit_reference(packed, absmax, blocksize, quant_type, (n,), dtype))
         assert_bits_equal(out, qkernels.dequantize_4bit(packed, state))
@@ -220,5 +213,19 @@ def test_matmul_skinny(variant):
         out = torch.full((M, N), torch.nan, device="cuda", dtype=torch.float16)
         arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N}
         grid_of_tiles = (triton.cdiv(M, columns), triton.cdiv(N, variant.config.rows), 1)
-        kernel(grid_of_tiles, arguments | scales(state))
+        kernel(grid_of_tiles, arguments | skinny.scale_arguments(state))
         skinny.assert_accurate(out, x, packed, state, bias)
+
+
+@pytest.mark.parametrize("variant", cases("matmul_skinny_dx"))
+def test_matmul_skinny_dx(variant):
+    constants, columns = variant.constants, variant.constants["COLUMNS"]
+    quant_type = "fp4" if " fp4 " in variant.name else "nf4"
+    options = {"blocksize": constants["QUANT_BLOCK"], "quant_type": quant_type}
+    options["compress_statistics"] = constants["NESTED"]
+    for N in (2000, 4096) if constants["ALIGNED"] else (1001, 4093):
+        packed, state = skinny.weight(N, constants["K"], torch.float16, **options)
+        for M in (1, columns - 3, columns, 3 * columns - 1):
+            dy = torch.randn(M, N, device="cuda", dtype=torch.float16)
+            dx = skinny.run_dx(lambda one: PtxKernel(one, "sm_75"), variant, dy, packed, state)
+            skinny.assert_dx_accurate(dx, dy, packed, state)

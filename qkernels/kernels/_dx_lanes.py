@@ -1,0 +1,152 @@
+"""Instructions of the backward product for few rows, lane by lane: W's bytes into registers and into fragments.
+
+The kernel and the reasons are in `matmul_skinny_dx.py`; what the forward product has too is in `_lanes.py`.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+from ._lanes import from_lane, load_if, store_shared_pair
+
+
+def _load_asm(words: int) -> str:
+    """So many words at $words where $(words + 1) is not zero; else they are as they were, and no one reads them."""
+    registers = ", ".join(f"${word}" for word in range(words))
+    kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
+    to = registers if words == 1 else f"{{{registers}}}"
+    return (
+        f"{{ .reg .pred inside; setp.ne.b32 inside, ${words + 1}, 0;"
+        f" @inside ld.global.L1::no_allocate.{kind} {to}, [${words}]; }}"
+    )
+
+
+def _decode_asm(kind: str, stride: int) -> str:
+    """Four bytes of rows n and n + 1 ($8, $9), their scales ($10, $11): eight fragment registers.
+
+    Of each byte first the even k of both rows, then the odd k.  The nibbles of two rows are put together to one byte,
+    whose two codes a table has in float32, entry b for this lane at b * stride + $12.  With a stride of 256 bytes the
+    address is one byte permute, with 128 a shift and an and-or.
+    """
+    lines = [
+        "{ .reg .b32 even, odd, address, table; .reg .f32 code, code_1;",
+        "mov.u32 table, global_smem;",
+        "shr.b32 even, $9, 4; lop3.b32 even, $8, even, 0xF0F0F0F0, 0xE4;",
+        "shl.b32 odd, $8, 4; lop3.b32 odd, odd, $9, 0xF0F0F0F0, 0xE4;",
+    ]
+    for number in range(4):
+        right = 8 * number - 7
+        for half, word in enumerate(("even", "odd")):
+            if stride == 256:
+                lines.append(f"prmt.b32 address, {word}, $12, {0x5504 | number << 4:#x};")
+            else:
+                shift = f"shr.b32 address, {word}, {right};" if right > 0 else f"shl.b32 address, {word}, {-right};"
+                lines += [shift, "lop3.b32 address, address, 0x7f80, $12, 0xEA;"]
+            lines += [
+                "add.u32 address, address, table;",
+                "ld.shared.v2.f32 {code, code_1}, [address];",
+                "mul.rn.f32 code, code, $10; mul.rn.f32 code_1, code_1, $11;",
+            ]
+            out = f"${2 * number + half}"
+            if kind == "sm_75":
+                lines += [
+                    "{ .reg .b16 low, high; cvt.rn.f16.f32 low, code; cvt.rn.f16.f32 high, code_1;",
+                    f"mov.b32 {out}, {{low, high}}; }}",
+                ]
+            else:
+                lines.append(f"cvt.rn.{kind}x2.f32 {out}, code_1, code;")
+    return "\n".join(lines) + "\n}"
+
+
+_LOAD_1 = gl.constexpr(_load_asm(1))
+_LOAD_2 = gl.constexpr(_load_asm(2))
+_LOAD_4 = gl.constexpr(_load_asm(4))
+_F16_128, _F16_256 = (gl.constexpr(_decode_asm("f16", stride)) for stride in (128, 256))
+_BF16_128, _BF16_256 = (gl.constexpr(_decode_asm("bf16", stride)) for stride in (128, 256))
+_SM75_128, _SM75_256 = (gl.constexpr(_decode_asm("sm_75", stride)) for stride in (128, 256))
+_LOAD_SHARED_VECTOR = gl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
+
+
+@gluon.jit
+def load_row(address, inside, WORDS: gl.constexpr):
+    """4 WORDS bytes at an int64 address, which no one reads again: a tuple of int32."""
+    if WORDS == 4:
+        loaded = gl.inline_asm_elementwise(
+            _LOAD_4, "=r,=r,=r,=r,l,r", [address, inside], dtype=[gl.int32] * 4, is_pure=False, pack=1
+        )
+    elif WORDS == 2:
+        loaded = gl.inline_asm_elementwise(
+            _LOAD_2, "=r,=r,l,r", [address, inside], dtype=[gl.int32] * 2, is_pure=False, pack=1
+        )
+    else:
+        word = gl.inline_asm_elementwise(_LOAD_1, "=r,l,r", [address, inside], dtype=gl.int32, is_pure=False, pack=1)
+        loaded = (word,)
+    return loaded
+
+
+@gluon.jit
+def decode_pair(row, row_1, scale, scale_1, lane8, KIND: gl.constexpr, STRIDE: gl.constexpr):
+    """Four bytes of two neighbouring rows: for each byte the pair of its even k and the pair of its odd k."""
+    WIDE: gl.constexpr = STRIDE == 256
+    F16: gl.constexpr = _F16_256 if WIDE else _F16_128
+    BF16: gl.constexpr = _BF16_256 if WIDE else _BF16_128
+    SM75: gl.constexpr = _SM75_256 if WIDE else _SM75_128
+    return gl.inline_asm_elementwise(
+        SM75 if KIND == "sm_75" else (BF16 if KIND == "bf16" else F16),
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,f,f,r",
+        [row, row_1, scale, scale_1, lane8],
+        dtype=[gl.int32] * 8,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def load_shared_vector(address):
+    """16 bytes: four float32."""
+    return gl.inline_asm_elementwise(
+        _LOAD_SHARED_VECTOR, "=f,=f,=f,=f,r", [address], dtype=[gl.float32] * 4, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_warp(thread):
+    """A barrier of a warp's lanes."""
+    gl.inline_asm_elementwise(
+        "{ bar.warp.sync 0xffffffff; mov.b32 $0, 0; }", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, num_warps: gl.constexpr):
+    """The two codes of every byte, high nibble first, two entries at a time; `CODES` are the bits of float32."""
+    code = lane * 0
+    for index in gl.static_range(16):
+        code = gl.where(lane % 16 == index, CODES[index], code)
+    for i in gl.static_range(128 // num_warps):
+        byte = (warp * (128 // num_warps) + i) * 2 + lane // 16
+        first = from_lane(code, byte // 16).to(gl.float32, bitcast=True)
+        second = from_lane(code, byte % 16).to(gl.float32, bitcast=True)
+        store_shared_pair(shared + byte * STRIDE + lane % 16 * 8, first, second)
+
+
+@gluon.jit
+def load_dy(dy_ptr, m, first, n, inside, M, N, ALIGNED: gl.constexpr, COLUMNS: gl.constexpr):
+    """dy[m + 8 j, first : first + 8] of every j, of it what is at n and after: four registers each."""
+    dy = ()
+    for j in gl.static_range(COLUMNS // 8):
+        row = m + 8 * j
+        here = dy_ptr + (row.to(gl.int64) * N + first)
+        if ALIGNED:
+            dy = dy + load_if(here.to(gl.int64), inside & ((row < M) & (first >= n)).to(gl.int32))
+        else:
+            for pair in gl.static_range(4):
+                word = row * 0
+                for half in gl.static_range(2):
+                    i = 2 * pair + half
+                    mask = (row < M) & (first + i >= n) & (inside != 0)
+                    value = gl.load(here + i, mask=mask, other=0.0).to(gl.int16, bitcast=True)
+                    word |= (value.to(gl.int32) & 0xFFFF) << (16 * half)
+                dy = dy + (word,)
+    return dy

@@ -1,0 +1,137 @@
+"""What a program of the backward product for few rows does in each step of 32 rows of W, and with its sums at the end.
+
+The kernel and the reasons are in `matmul_skinny_dx.py`.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+from ._dx_lanes import decode_pair, load_dy, load_row
+from ._dx_scales import load_stored
+from ._lanes import load_shared, mma, store_shared
+
+
+@gluon.jit
+def load_step(
+    packed_ptr,
+    absmax_ptr,
+    absmax_8bit_ptr,
+    dy_ptr,
+    first,
+    column,
+    first_block,
+    lane,
+    inside,
+    M,
+    N,
+    first_m,
+    K: gl.constexpr,
+    NESTED: gl.constexpr,
+    NESTED_BLOCK: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    ALIGNED: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    BYTES: gl.constexpr,
+):
+    """A step's words of W, stored scales, and dy.  Rows after the last are the last eight again, of a dy that is 0."""
+    n = first + lane % 4 * 8
+    row = gl.minimum(n, N - 8)
+    address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column
+    w = ()
+    for i in gl.static_range(8):
+        w = w + load_row(address + i * (K // 2), inside, BYTES // 4)
+    lanes_row = gl.minimum(first + lane // 8 * 8, N - 8) + lane % 8
+    stored = load_stored(
+        absmax_ptr,
+        absmax_8bit_ptr,
+        lanes_row,
+        first_block,
+        inside,
+        BYTES // 4,
+        K,
+        NESTED,
+        NESTED_BLOCK,
+        QUANT_BLOCK,
+    )
+    dy = load_dy(dy_ptr, first_m + lane // 4, row, n, inside, M, N, ALIGNED, COLUMNS)
+    return w, stored, dy
+
+
+@gluon.jit
+def _four(acc, FIRST: gl.constexpr):
+    return (acc[FIRST], acc[FIRST + 1], acc[FIRST + 2], acc[FIRST + 3])
+
+
+@gluon.jit
+def multiply(
+    acc, w, scales, dy, lane8, BYTES: gl.constexpr, GROUPS: gl.constexpr, STRIDE: gl.constexpr, KIND: gl.constexpr
+):
+    """Add the product of 32 rows of W."""
+    WORDS: gl.constexpr = BYTES // 4
+    sums = ()
+    for word in gl.static_range(WORDS):
+        pairs = ()
+        for pair in gl.static_range(4):
+            row = w[2 * pair * WORDS + word]
+            row_1 = w[(2 * pair + 1) * WORDS + word]
+            pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND, STRIDE)
+        for byte in gl.static_range(4):
+            a = ()
+            for pair in gl.static_range(4):
+                a = a + (pairs[8 * pair + 2 * byte], pairs[8 * pair + 2 * byte + 1])
+            for j in gl.static_range(GROUPS):
+                part = _four(acc, 4 * ((4 * word + byte) * GROUPS + j))
+                sums = sums + mma(a, dy, 4 * j, part, KIND)
+    return sums
+
+
+@gluon.jit
+def store_sums(
+    shared, acc, thread, COLUMN: gl.constexpr, BYTES: gl.constexpr, GROUPS: gl.constexpr, THREADS: gl.constexpr
+):
+    """A thread's sums of one m, 8 j or 8 j + 1 and 0, 2, 4 or 6 more for COLUMN = 2 j or 2 j + 1: [k][thread]."""
+    for value in gl.static_range(2 * BYTES):
+        one = acc[4 * (value // 2 * GROUPS + COLUMN // 2) + value % 2 * 2 + COLUMN % 2]
+        store_shared(shared + (value * (THREADS + 1) + thread) * 4, one.to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def add_warps(
+    shared,
+    out_ptr,
+    thread,
+    first_k,
+    first_m,
+    M,
+    COLUMN: gl.constexpr,
+    K: gl.constexpr,
+    BYTES: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Add up the warps that share the rows, in their order, for what `store_sums` has stored.
+
+    The sums are the results, or this program's part of them, [m][k] in float32.
+    """
+    THREADS: gl.constexpr = 32 * num_warps
+    ROWS: gl.constexpr = 16 * BYTES * K_WARPS
+    for first in gl.static_range(0, 4 * ROWS, THREADS):
+        result = first + thread
+        k = result % ROWS
+        t = result // ROWS % 4
+        value = k % (2 * BYTES)
+        lane = k // (2 * BYTES) % 8 * 4 + t
+        address = shared + (value * (THREADS + 1) + k // (16 * BYTES) * 32 + lane) * 4
+        total = load_shared(address)
+        for n_warp in gl.static_range(1, num_warps // K_WARPS):
+            total += load_shared(address + n_warp * (128 * K_WARPS))
+        m = COLUMN // 2 * 8 + COLUMN % 2 + 2 * t
+        inside = (result < 4 * ROWS) & (first_m + m < M) & (first_k + k < K)
+        if SPLIT:
+            at = (m * ROWS + k).to(gl.int64)
+        else:
+            at = (first_m + m).to(gl.int64) * K + first_k + k
+        gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,68 @@
+"""The table of the backward product: every configuration can be launched, and every shape has one or a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkernels
+from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
+from qkernels.tuning.skinny import PROCESSORS, SHARED_LIMIT_BYTES, generation
+from qkernels.tuning.skinny_dx import STEP, skinny_dx_candidates, skinny_dx_config, skinny_dx_limit
+
+# (N, K)
+SHAPES = [(8, 64), (333, 64), (4096, 4096), (12288, 4096), (4096, 16384), (11008, 4096), (1001, 4160), (28672, 8192)]
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_every_configuration_can_be_launched(N, K, sm):
+    for M in range(1, skinny_dx_limit(sm) + 1):
+        config = skinny_dx_config(M, N, K, sm)
+        assert config is not None
+        assert min(M, 32) <= config.columns <= 2 * max(M, 4)
+        assert config.num_warps % config.k_warps == 0
+        assert config.turing == (sm < 80)
+        assert config.early == (sm >= 90)
+        assert config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
+        # Accumulators, with W's words now and in the next step: more would spill.
+        assert config.bytes * config.columns // 2 + 4 * config.bytes <= 192
+
+
+@pytest.mark.parametrize("sm", [75, 80, 90])
+@pytest.mark.parametrize(("N", "K"), SHAPES[2:6])
+def test_every_multiprocessor_and_every_warp_has_work(N, K, sm):
+    for M in (1, 8, 16, 32):
+        config = skinny_dx_config(M, N, K, sm)
+        programs = -(-K // config.rows) * config.parts
+        assert programs >= 0.7 * PROCESSORS[sm]
+        assert config.parts * (config.num_warps // config.k_warps) <= -(-N // STEP)
+        assert config in skinny_dx_candidates(M, N, K, sm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "expected", "reason"),
+    [
+        ((1, 4096, 4096, torch.float32, (9, 0)), {}, DEQUANTIZE, "no tensor cores for float32"),
+        ((1, 4096, 4096, torch.bfloat16, (7, 5)), {}, DEQUANTIZE, "no tensor cores for bfloat16"),
+        ((0, 4096, 4096, torch.float16, (9, 0)), {}, DEQUANTIZE, "M=0 is not in 1 to"),
+        ((256, 4096, 4096, torch.float16, (9, 0)), {}, WGMMA, "M=256 is not in 1 to"),
+        ((256, 4096, 4096, torch.float16, (8, 0)), {}, DEQUANTIZE, "M=256 is not in 1 to"),
+        ((1, 4096, 4096, torch.float16, (7, 0)), {}, DEQUANTIZE, "M=1 is not in 1 to 0"),
+        ((1, 4096, 4100, torch.float16, (9, 0)), {}, DEQUANTIZE, "K=4100"),
+        ((1, 4096, 4096, torch.float16, (9, 0)), {"blocksize": 32}, DEQUANTIZE, "blocks of 32"),
+        ((1, 7, 4096, torch.float16, (9, 0)), {}, DEQUANTIZE, "N=7 is below 8"),
+    ],
+)
+def test_why_not(arguments, options, expected, reason):
+    implementation, said = qkernels.explain(*arguments, backward=True, **options)
+    assert implementation == expected
+    assert reason in said
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)])
+def test_few_rows_are_fused(capability):
+    for M in (1, 4, 5, 32):
+        for N in (12288, 1001):
+            choice = qkernels.explain(M, N, 4096, torch.float16, capability, backward=True)
+            assert choice.implementation == SKINNY
