@@ -11,6 +11,7 @@ Triton's launch hooks (its Proton profiler sets them) see the first launch of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -141,6 +142,17 @@ class Launcher:
             maxnreg=config.max_registers,
             **self._options,
         )
+
+
+def early_and_late(kernel: Any, **options: Any) -> dict[bool, Launcher]:
+    """Two launchers of a kernel, by its constant EARLY: whether it begins while the kernel before it ends."""
+    return {early: Launcher(kernel, launch_pdl=early, **options) for early in (False, True)}
+
+
+@lru_cache
+def can_begin_early(device: int) -> bool:
+    """Whether a kernel of the GPU with this index may (`_early.py`); -1 is a CPU."""
+    return device >= 0 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:

@@ -28,8 +28,9 @@ from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
 from ..tuning.skinny import SkinnyConfig
+from ._early import let_next_begin, wait_for_previous
 from ._lanes import load_shared, shared_address, store_shared, wait_for_all, warp_number
-from ._launch import Launch, Launcher
+from ._launch import Launch, early_and_late
 from ._pairs import ALPHA, pair_codes
 from ._skinny_chunk import half_chunk, paired_chunk, swapped, zeros
 from ._skinny_inputs import (
@@ -117,6 +118,7 @@ def _matmul_skinny_kernel(
     TILES: gl.constexpr,
     ROW_WARPS: gl.constexpr,
     STRIDE: gl.constexpr,
+    EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
 ):
     num_warps: gl.constexpr = gl.num_warps()
@@ -157,6 +159,10 @@ def _matmul_skinny_kernel(
         inside = lane * 0 + 1
         x_address = x_ptr.to(gl.int64) + (column * K + t % 2 * 32 + t // 2 * 8) * 2
 
+    if EARLY:
+        fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+        wait_for_previous(thread)
+        let_next_begin(thread)
     scale_pairs = load_scales(
         absmax_ptr, absmax_8bit_ptr, first_row, warp, lane, 0, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ROWS, num_warps
     )
@@ -169,7 +175,8 @@ def _matmul_skinny_kernel(
         x = load_x(x_address, chunk, column, inside_now, M, 0, K, COLUMNS)
         x_1 = load_x(x_address, chunk, column, inside_now, M, 1, K, COLUMNS)
     wait_for_all(thread)
-    fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+    if not EARLY:
+        fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
     store_scales(scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, 0, K, NESTED, ROWS, num_warps)
     for batch in gl.static_range(1, SCALE_BATCHES):
         scale_pairs = load_scales(
@@ -239,7 +246,7 @@ def _matmul_skinny_kernel(
     )
 
 
-_launch = Launcher(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
+_LAUNCHERS = early_and_late(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
 
 
 def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -251,6 +258,7 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "TILES": config.tiles,
         "ROW_WARPS": config.row_warps,
         "STRIDE": config.stride,
+        "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
     }
 
@@ -284,7 +292,9 @@ def skinny_launch(
         has_bias,
         *skinny_constants(config, dtype).values(),
     )
-    return Launch(_launch, (-(-M // config.columns), -(-N // config.rows), 1), (M, N), constants, config)
+    return Launch(
+        _LAUNCHERS[config.early], (-(-M // config.columns), -(-N // config.rows), 1), (M, N), constants, config
+    )
 
 
 def matmul_skinny_triton(

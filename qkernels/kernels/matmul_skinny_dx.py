@@ -31,7 +31,7 @@ from ._dx_scales import scale_area, scales_of_lane, store_map
 from ._dx_step import add_warps, load_step, multiply, store_sums
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
-from ._launch import Launcher
+from ._launch import early_and_late
 from ._skinny_chunk import zeros
 from ._wgmma import SUM_CONFIG, sum_parts_kernel
 
@@ -180,12 +180,8 @@ def _matmul_skinny_dx_kernel(
                 add_warps(sums, out_ptr, thread, first_k, first_m, M, turn + i, K, BYTES, K_WARPS, SPLIT, num_warps)
 
 
-def _launchers(early: bool) -> tuple[Launcher, Launcher]:
-    product = Launcher(_matmul_skinny_dx_kernel, views={1: torch.uint8}, enable_fp_fusion=False, launch_pdl=early)
-    return product, Launcher(sum_parts_kernel, launch_pdl=early)
-
-
-_LAUNCHERS = {early: _launchers(early) for early in (False, True)}
+_LAUNCHERS = early_and_late(_matmul_skinny_dx_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
+_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
 _SUM_COLUMNS = 1
 
 
@@ -262,10 +258,9 @@ def matmul_skinny_dx_triton(
         *skinny_dx_constants(config, dy.dtype).values(),
     )
     pointers = (dy, packed, absmax, absmax_8bit, absmax_code, absmax_offset, result)
-    launch, launch_sum = _LAUNCHERS[config.early]
-    launch((tiles, config.parts, 1), pointers, (M, N, config.part_steps(N)), constants, config)
+    _LAUNCHERS[config.early]((tiles, config.parts, 1), pointers, (M, N, config.part_steps(N)), constants, config)
     if config.parts > 1:
-        launch_sum(
+        _SUM_LAUNCHERS[config.early](
             (tiles, config.columns // _SUM_COLUMNS, 1),
             (result, None, out),
             (M, K, 0, tiles_of_columns),

@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..format import NESTED_BLOCKSIZE, byte_table
 from ..tuning.wgmma import WgmmaConfig
 from ._adapter import add_adapter, inner_memory, store_inner
+from ._early import let_next_begin, wait_for_previous
 from ._launch import Launcher
 from ._wgmma import (
     SUM_CONFIG,
@@ -147,6 +148,8 @@ def _matmul_wgmma_kernel(
         mbarrier.init(arrived[s], count=1)
     fence_async_shared()
     block_barrier()
+    wait_for_previous(0)
+    let_next_begin(0)
     for s in gl.static_range(STAGES - 2):
         mbarrier.expect(arrived[s], COLUMNS * 128)
         load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
@@ -306,8 +309,8 @@ def _matmul_wgmma_kernel(
         _store_part(acc, parts_ptr, unit, storing)
 
 
-_launch = Launcher(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
-_launch_sum = Launcher(sum_parts_kernel)
+_launch = Launcher(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False, launch_pdl=True)
+_launch_sum = Launcher(sum_parts_kernel, launch_pdl=True)
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 _SUM_COLUMNS = 16
 
@@ -345,7 +348,7 @@ def sum_constants(config: WgmmaConfig, has_bias: bool) -> dict[str, object]:
         "PARTS": config.parts,
         "PIECE": _SUM_COLUMNS,
         "HAS_BIAS": has_bias,
-        "EARLY": False,
+        "EARLY": True,
     }
 
 

@@ -25,6 +25,7 @@ class SkinnyConfig(NamedTuple):
     stride: bytes from one entry of the table to the next, for 32 copies of it: 256 (fewer instructions) or 128.
     paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
+    early: it begins while the kernel before it ends (`kernels/_early.py`).
     shared_bytes: shared memory of a program.
     max_registers: registers a thread may use; None leaves it to ptxas.
     """
@@ -36,6 +37,7 @@ class SkinnyConfig(NamedTuple):
     stride: int
     paired: bool
     turing: bool
+    early: bool
     shared_bytes: int
     max_registers: int | None = None
 
@@ -90,7 +92,7 @@ def _most_rows(M: int) -> int:
 def _config(M: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
     columns = max(8, _most_rows(M))
     shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, shared)
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, known >= 90, shared)
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
