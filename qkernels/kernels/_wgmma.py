@@ -131,8 +131,29 @@ def fill_table(table_ptr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def load_scales(absmax_ptr, absmax_8bit_ptr, offs, mask, NESTED: gl.constexpr, NESTED_BLOCK: gl.constexpr):
-    """What is stored of the scales: (8-bit index, its float32 scale), or (nothing, float32 scale)."""
+def copy_step(target, source, wanted):
+    """Begin to copy W of a step; zeros for what is not wanted."""
+    copy_bytes(target, source, mask=wanted)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def load_scales(
+    absmax_ptr,
+    absmax_8bit_ptr,
+    n,
+    block,
+    limits,
+    PER_SCALE: gl.constexpr,
+    NESTED: gl.constexpr,
+    NESTED_BLOCK: gl.constexpr,
+):
+    """What is stored of the scales of rows n and blocks of 64 k: (8-bit index, its float32 scale), or (nothing, scale).
+
+    `limits` are the ends of n and of block, and the blocks of a row of W.
+    """
+    offs = (n * limits[2] + block) // PER_SCALE
+    mask = (n < limits[0]) & (block < limits[1])
     if NESTED:
         index = gl.load(absmax_8bit_ptr + offs, mask=mask, other=0)
         scale = gl.load(absmax_ptr + offs // NESTED_BLOCK, mask=mask, other=0.0)
@@ -150,6 +171,12 @@ def look_up(absmax_code_ptr, index, NESTED: gl.constexpr):
     else:
         code = gl.zeros_like(index).to(gl.float32)
     return code
+
+
+@gluon.jit
+def store_scales(target, code, stored, offset, NESTED: gl.constexpr):
+    """The scales themselves, float32, to shared memory."""
+    target.store(code * stored + offset if NESTED else stored)
 
 
 @gluon.jit

@@ -37,7 +37,7 @@ from ._wgmma import (
     SUM_CONFIG,
     TAKE_TURNS,
     block_barrier,
-    copy_bytes,
+    copy_step,
     copying_layout,
     decode_columns,
     decode_rows,
@@ -50,14 +50,14 @@ from ._wgmma import (
     packed_layout,
     reading_layout,
     scaling_layout,
+    store_scales,
     storing_layout,
     sum_parts_kernel,
 )
 
 W_STAGES = gl.constexpr(8)
-W_AHEAD = gl.constexpr(
-    5
-)  # steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache
+# Steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache.
+W_AHEAD = gl.constexpr(5)
 
 
 @gluon.jit
@@ -173,12 +173,8 @@ def _matmul_wgmma_kernel(
     copied = line.to(gl.int64) * row_bytes + byte
     step_bytes = blocks.to(gl.int64) * 2048 if BACKWARD else 32
     for s in gl.static_range(W_AHEAD):
-        copy_bytes(
-            ws.index(s),
-            packed_ptr + copied + s * step_bytes,
-            mask=(line + s * LINES < N) & (byte < row_bytes) & (s < steps),
-        )
-        async_copy.commit_group()
+        wanted = (line + s * LINES < N) & (byte < row_bytes) & (s < steps)
+        copy_step(ws.index(s), packed_ptr + copied + s * step_bytes, wanted)
 
     # Scales of STAGES steps at a time, [rows of n, blocks of k], are loaded, looked up and stored in three stages.
     scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
@@ -198,31 +194,17 @@ def _matmul_wgmma_kernel(
     n_turn: gl.constexpr = STAGES * 64 if BACKWARD else 0
     block_turn: gl.constexpr = 0 if BACKWARD else STAGES
     n_end = gl.minimum(N, (first + steps) * 64) if BACKWARD else N
-    block_end = blocks if BACKWARD else first + steps
+    limits = (n_end, blocks if BACKWARD else first + steps, blocks)
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
-    index, stored = load_scales(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        (n * blocks + block) // PER_SCALE,
-        (n < n_end) & (block < block_end),
-        NESTED,
-        NESTED_BLOCK,
-    )
+    index, stored = load_scales(absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK)
     table = fill_table(table_ptr, WARPS)
     code = look_up(absmax_code_ptr, index, NESTED)
-    scales.index(0).store(code * stored + offset if NESTED else stored)
+    store_scales(scales.index(0), code, stored, offset, NESTED)
     n += n_turn
     block += block_turn
-    index, stored = load_scales(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        (n * blocks + block) // PER_SCALE,
-        (n < n_end) & (block < block_end),
-        NESTED,
-        NESTED_BLOCK,
-    )
+    index, stored = load_scales(absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -247,19 +229,13 @@ def _matmul_wgmma_kernel(
             block_barrier()
             asked = step + STAGES - 2 < turns * STAGES
             mbarrier.expect(arrived[(s + STAGES - 2) % STAGES], COLUMNS * 128, pred=asked)
+            packed = ws.index(step % W_STAGES)
             if BACKWARD:
-                weights = decode_columns(
-                    ws.index(step % W_STAGES),
-                    scales.index(turn % 2).slice(s * 64, 64, 0),
-                    table,
-                    reading,
-                    operand,
-                    DTYPE,
-                )
+                scale = scales.index(turn % 2).slice(s * 64, 64, 0)
+                weights = decode_columns(packed, scale, table, reading, operand, DTYPE)
             else:
-                weights = decode_rows(
-                    ws.index(step % W_STAGES), scales.index(turn % 2).slice(s, 1, 1), table, reading, operand, DTYPE
-                )
+                scale = scales.index(turn % 2).slice(s, 1, 1)
+                weights = decode_rows(packed, scale, table, reading, operand, DTYPE)
             block_barrier()
             # Both groups have done with the product of two steps ago, so its stage is free.
             load_tile(
@@ -270,12 +246,8 @@ def _matmul_wgmma_kernel(
                 pred=asked,
             )
             later = step + W_AHEAD
-            copy_bytes(
-                ws.index(later % W_STAGES),
-                packed_ptr + copied + later * step_bytes,
-                mask=(line + later * LINES < N) & (byte < row_bytes) & (later < steps),
-            )
-            async_copy.commit_group()
+            wanted = (line + later * LINES < N) & (byte < row_bytes) & (later < steps)
+            copy_step(ws.index(later % W_STAGES), packed_ptr + copied + later * step_bytes, wanted)
             mbarrier.wait(arrived[s], turn & 1)
             acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
             # The operand in flight stays in its registers until its product is done.
@@ -286,16 +258,11 @@ def _matmul_wgmma_kernel(
                 code = look_up(absmax_code_ptr, index, NESTED)
             if s == STAGES - 2:
                 # One step before the end, so that it is there for the group that is ahead.
-                scales.index((turn + 1) % 2).store(code * stored + offset if NESTED else stored)
+                store_scales(scales.index((turn + 1) % 2), code, stored, offset, NESTED)
                 n += n_turn
                 block += block_turn
                 index, stored = load_scales(
-                    absmax_ptr,
-                    absmax_8bit_ptr,
-                    (n * blocks + block) // PER_SCALE,
-                    (n < n_end) & (block < block_end),
-                    NESTED,
-                    NESTED_BLOCK,
+                    absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK
                 )
     if TAKE_TURNS:
         half_a_turn(0)
