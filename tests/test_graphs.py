@@ -20,7 +20,7 @@ from qlora.optimize.graphs import Graphs
 class Pretended:
     """Stands for `BlocksGraph`: runs at once, and keeps autograd's graph for the backward pass."""
 
-    def __init__(self, run, hidden, others, parameters, flat, pool):
+    def __init__(self, run, blocks, hidden, others, parameters, flat, pool):
         self.run, self.parameters = run, parameters
         assert flat.numel() == sum(parameter.numel() for parameter in parameters)
 
@@ -241,3 +241,25 @@ def test_it_is_captured_unless_told_otherwise(family, graphs):
     assert model.graphed_decoding is graphs
     base = model.base_model
     assert (getattr(base, "layers", base).graphs is not None) is graphs
+
+
+def test_parameters_are_fresh_ones_while_it_is_captured(blocks):
+    blocks[1].tied = blocks[1][0]
+    trained = [parameter for parameter in blocks.parameters() if parameter.requires_grad]
+    before = dict(blocks.named_parameters())
+    kept = blocks[1](blocks[0](torch.ones(4)))  # and with it autograd's nodes
+    with graphs_module._fresh(blocks, trained) as leaves:
+        within = dict(blocks.named_parameters())
+        assert within["1.0.weight"] is leaves[0]
+        assert within["0.0.weight"] is before["0.0.weight"]
+        for leaf, parameter in zip(leaves, trained, strict=True):
+            assert leaf is not parameter
+            assert leaf.data_ptr() == parameter.data_ptr()
+        out = blocks[1](blocks[0](torch.ones(4)))
+        assert all(grad is not None for grad in torch.autograd.grad(out.sum(), leaves))
+        assert blocks[1].tied.weight is leaves[0]
+    after = dict(blocks.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in after)
+    kept.sum().backward()
+    assert before["1.0.weight"].grad is not None
