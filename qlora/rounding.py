@@ -20,7 +20,7 @@ DAMPING = 0.01
 # Parts of a block's largest magnitude that its scale may be: a smaller one cuts that number and serves all others.
 SCALES = (1.03, 1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75)
 # Of rounding and an adapter's part, where there is to be one.
-TURNS = 4
+TURNS = 2
 SUBSPACE_STEPS = 4
 # Columns after which the rest of the weight is brought up to date, by one product.
 COLUMNS = 128
