@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,10 +35,13 @@ from . import data, plotting
 from .command import add_data_flag, parser_of
 from .environment import environment
 from .learning_curves import figure_of, summary
-from .learning_runs import EMBEDDINGS, PLAIN, WEIGHTS, Case, Texts, prepare, read_texts, run
+from .learning_runs import EMBEDDINGS, PLAIN, PREPARED, WEIGHTS, Case, Texts, prepare, read_texts, run
 from .report import Row, file_stem, read_csv, write_csv
 
-PROCESSES_ON_GPU = 6
+# Seeds with which the learning rate is chosen.
+SEEDS_TO_CHOOSE = 2
+
+Task = tuple[Callable[[Case, Texts], list[Row]], Case]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> Path:
-    """The CSV of all runs."""
+    """The CSV of all runs; Ctrl-C ends them, and the CSV is of those that are done."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     data.read_prompts(options.data)
     check_writable(options.out)
@@ -76,50 +82,111 @@ def measure(options: argparse.Namespace) -> Path:
     texts = read_texts(options.data, folder, options.train, options.choose)
     case = Case(
         weights=PLAIN,
-        seed=0,
+        seed=options.seeds[0],
         learning_rate=options.learning_rate[0],
         folder=folder,
         prepared=None,
         device=device,
         **{name: getattr(options, name) for name in ("steps", "every", "rank", "decode_once", "threads")},
     )
+    rows: list[Row] = []
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="learning-") as work:
-        rows = _all_rows(case, texts, options, Path(work))
-    path = write_csv(stem, [{**row, **common} for row in rows])
+        try:
+            for found in _measured(case, texts, options, Path(work)):
+                rows += found
+                rate = best_rate(rows, options.seeds[:SEEDS_TO_CHOOSE])
+                path = write_csv(stem, [{**row, "chosen_rate": rate, **common} for row in rows])
+                print(f"{time.monotonic() - began:.0f} s: {rows[-1]['weights']}, seed {rows[-1]['seed']}", flush=True)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    if not rows:
+        raise UserError("learning", expected="one finished run", got="none", remedy="Give it more time.")
     print(f"written: {path}")
     return path
 
 
-def _all_rows(case: Case, texts: Texts, options: argparse.Namespace, work: Path) -> list[Row]:
-    """First 16 bits at every learning rate, which chooses one; then the other kinds of weights at that one."""
-    began = time.monotonic()
-    # Steps of a model this small leave a GPU idle for most of the time; several processes share it.
-    processes = options.processes or (PROCESSES_ON_GPU if case.device == "cuda" else 1)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context) if processes > 1 else nullcontext()
-    with pool as workers:
-        each = map if workers is None else workers.map
-        plain = [replace(case, learning_rate=rate, seed=s) for rate in options.learning_rate for s in options.seeds]
-        running = each(partial(run, texts=texts), plain)
-        others = [weights for weights in options.weights if weights != PLAIN]
-        prepared = {weights: prepare(weights, work / str(number), texts, case) for number, weights in enumerate(others)}
-        print(f"prepared: {time.monotonic() - began:.0f} s", flush=True)
-        rows = [row for found in running for row in found]
-        rate = best_rate(rows)
-        print(f"{PLAIN}: {time.monotonic() - began:.0f} s; learning rate {rate:g}", flush=True)
-        cases = [
-            replace(case, weights=weights, seed=seed, learning_rate=rate, prepared=prepared[weights])
-            for weights in others
-            for seed in options.seeds
-        ]
-        rows += [row for found in each(partial(run, texts=texts), cases) for row in found]
-        print(f"all: {time.monotonic() - began:.0f} s", flush=True)
-    return [{**row, "chosen_rate": rate} for row in rows]
+def _measured(case: Case, texts: Texts, options: argparse.Namespace, work: Path) -> Iterator[list[Row]]:
+    """The rows of each run as it ends: 16 bits at every learning rate, which chooses one, then all else at that one."""
+    folders = {weights: work / str(number) for number, weights in enumerate(PREPARED)}
+    others = [replace(case, weights=kind, prepared=folders.get(kind)) for kind in options.weights if kind != PLAIN]
+    choosing = options.seeds[:SEEDS_TO_CHOOSE]
+    tried = [replace(case, learning_rate=rate, seed=seed) for seed in choosing for rate in options.learning_rate]
+    todo = deque([*((prepare, one) for one in others if one.prepared), *((run, one) for one in tried)])
+    ready = [one for one in others if not one.prepared]
+    rows: list[Row] = []
+    rate = None
+
+    def runs(cases: list[Case], seeds: Sequence[int]) -> list[Task]:
+        return [(run, replace(one, seed=seed, learning_rate=rate)) for seed in seeds for one in cases]
+
+    for (function, done), found in _finished(todo, texts, options.processes or _processes_on(case.device)):
+        if function is prepare:
+            ready.append(done)
+            if rate is not None:
+                todo.extendleft(reversed(runs([done], options.seeds)))
+            continue
+        yield found
+        rows += found
+        if rate is None and len({(row["learning_rate"], row["seed"]) for row in rows}) == len(tried):
+            rate = best_rate(rows, choosing)
+            print(f"learning rate {rate:g}", flush=True)
+            todo.extend([*runs([case], options.seeds[SEEDS_TO_CHOOSE:]), *runs(ready, options.seeds)])
 
 
-def best_rate(rows: Iterable[Row]) -> float:
-    """The learning rate with which the loss on the prompts to choose on ends lowest, mean over the seeds."""
-    rows = [row for row in rows if row["part"] == "choose"]
+def _processes_on(device: str) -> int:
+    """Steps of a model this small leave a GPU idle for most of the time: several processes share it."""
+    return 10 if device == "cuda" else 1
+
+
+def _finished(todo: deque[Task], texts: Texts, processes: int) -> Iterator[tuple[Task, list[Row]]]:
+    """Each task and what it returned, as it ends; `todo` may grow meanwhile.  The first error is raised in the end."""
+    running: dict[Future[list[Row]], Task] = {}
+    failures = []
+    with _executor(processes) as executor:
+        while todo or running:
+            while todo and len(running) < processes:
+                function, case = task = todo.popleft()
+                running[executor.submit(function, case, texts)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, failure = running.pop(future), future.exception()
+                if failure is None:
+                    yield task, future.result()
+                else:
+                    failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+class _Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def _executor(processes: int) -> Iterator[Executor]:
+    if processes == 1:
+        yield _Here()
+        return
+    # Ctrl-C goes to every process of a terminal; here it is the parent that ends the others.
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=ignore)
+    try:
+        yield workers
+    finally:
+        workers.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def best_rate(rows: Iterable[Row], seeds: Sequence[int]) -> float:
+    """The learning rate with which the loss of LoRA on 16 bits ends lowest on the prompts to choose on, mean over these
+    seeds."""
+    rows = [row for row in rows if (row["weights"], row["part"]) == (PLAIN, "choose") and row["seed"] in seeds]
     last = max(row["step"] for row in rows)
     ends: dict[float, list[float]] = {}
     for row in rows:
@@ -149,12 +216,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=_range, default=range(100), help="rows to train on, first:end (default: 0:100)")
     # Earlier records held these out, and their results led to choices: they are not to be tested on again.
     parser.add_argument("--choose", type=_range, default=range(130, 154), help="rows to choose on (default: 130:154)")
-    parser.add_argument("--steps", type=int, default=150, help="of 4 prompts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=125, help="of 4 prompts (default: %(default)s)")
     parser.add_argument("--every", type=int, default=15, help="steps between two measurements (default: %(default)s)")
     parser.add_argument("--decode-once", action="store_true", help="keep the decoded weights; the same losses")
-    parser.add_argument(
-        "--processes", type=int, help=f"that train at a time (default: {PROCESSES_ON_GPU} on a GPU, or 1)"
-    )
+    parser.add_argument("--processes", type=int, help="that train at a time (default: 10 on a GPU, else 1)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, each process (default: %(default)s)")
     return parser
 

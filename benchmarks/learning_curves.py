@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from . import plotting
-from .learning_runs import BOTH, CALIBRATED, EMBEDDINGS, PLAIN, QERA, RIVAL, ZERO
+from .learning_runs import BOTH, CALIBRATED, EMBEDDINGS, PLAIN, QERA, RIVAL, WEIGHTS, ZERO
 from .report import Row
 
 COLORS = {
@@ -37,15 +37,16 @@ class Curve:
 
     Attributes:
         steps: int[steps].
+        seeds: int[seeds].
         losses: nats of each prompt, float64[seeds, steps, prompts].
         tokens: of each prompt, float64[prompts].
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.steps = sorted({int(row["step"]) for row in rows})
-        seeds = sorted({int(row["seed"]) for row in rows})
+        self.seeds = sorted({int(row["seed"]) for row in rows})
         found = {(row["seed"], row["step"]): _numbers(row["losses"]) for row in rows}
-        self.losses: Floats = np.array([[found[seed, step] for step in self.steps] for seed in seeds])
+        self.losses: Floats = np.array([[found[seed, step] for step in self.steps] for seed in self.seeds])
         self.tokens = _numbers(rows[0]["tokens"])
 
     def by_seed(self) -> Floats:
@@ -55,9 +56,11 @@ class Curve:
     def above(self, plain: Curve, step: int) -> tuple[float, float, float]:
         """How far the loss at a step (an index) is above `plain`'s, as a part of it, and its 95% interval.
 
-        Of the mean over the seeds; the interval is over seeds and prompts drawn again, the same for both curves.
+        Of the mean over the seeds that both have; the interval is over seeds and prompts drawn again, for both
+        the same.
         """
-        ours, theirs = self.losses[:, step], plain.losses[:, step]
+        common = [seed for seed in self.seeds if seed in plain.seeds]
+        ours, theirs = (curve.losses[[curve.seeds.index(seed) for seed in common], step] for curve in (self, plain))
         random = np.random.default_rng(0)
         drawn = []
         for _ in range(RESAMPLES):
@@ -77,8 +80,8 @@ def curves_of(rows: Iterable[Row], part: str = "test") -> dict[str, Curve]:
     of_part = [row for row in rows if row["part"] == part]
     rate = of_part[0]["chosen_rate"]
     chosen = [row for row in of_part if row["learning_rate"] == rate]
-    kinds = dict.fromkeys(str(row["weights"]) for row in chosen)
-    return {kind: Curve([row for row in chosen if row["weights"] == kind]) for kind in kinds}
+    of_kind = {kind: [row for row in chosen if row["weights"] == kind] for kind in WEIGHTS}
+    return {kind: Curve(found) for kind, found in of_kind.items() if found}
 
 
 def figure_of(rows: list[Row]) -> Figure:

@@ -28,17 +28,17 @@ from qlora.calibration import calibrate_from_float
 from qlora.integrations.peft_init import initialize_from_float
 from qlora.integrations.transformers import dequantize_model
 from qlora.loading import load_pretrained_4bit
-from qlora.optimize import optimize_model
 
 from . import data
 from .report import Row
 
-BATCH, MEASURED_AT_ONCE = 4, 16
+BATCH, MEASURED_AT_ONCE = 4, 8
 MAX_LENGTH = 256
 WARMUP_STEPS = 5
 PLAIN, RIVAL, ZERO, QERA = "16 bits", "4 bits, bitsandbytes and peft", "4 bits", "4 bits, QERA"
 CALIBRATED, BOTH = "4 bits, calibrated", "4 bits, calibrated, QERA"
 EMBEDDINGS = "4 bits, embedding too"
+PREPARED = (BOTH, CALIBRATED, QERA)
 WEIGHTS = (PLAIN, RIVAL, ZERO, QERA, CALIBRATED, BOTH, EMBEDDINGS)
 BASE, START = "base", "start.safetensors"
 
@@ -71,7 +71,7 @@ class Case:
         seed: of the adapters' start and of the order of the texts.
         learning_rate: of AdamW, after a warmup; it falls to zero in a straight line.
         folder: of the float model.
-        prepared: of what `prepare` has written for these weights, or None.
+        prepared: of what `prepare` writes for these weights; None where they need nothing of it.
         device: "cuda" or "cpu".
         steps, every, rank: steps; steps between two measurements; rank and alpha of the adapters.
         decode_once: the 4-bit weights are decoded before the first step.
@@ -100,7 +100,10 @@ def read_texts(path: Path, folder: str, train: range, choose: range) -> Texts:
 
 
 def load(weights: str, folder: str | Path, device: str) -> PreTrainedModel:
-    """The base model computing in float32: its linear layers in NF4, or all of it as the checkpoint has it."""
+    """The base model computing in float32: its linear layers in NF4, or all of it as the checkpoint has it.
+
+    As transformers has it, without `optimize_model`, which bitsandbytes' layers could not share.
+    """
     if weights == RIVAL:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -112,12 +115,8 @@ def load(weights: str, folder: str | Path, device: str) -> PreTrainedModel:
             folder, quantization_config=quantization, dtype=torch.float32, device_map={"": device}
         )
     if weights == PLAIN:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device})
-    else:
-        model = load_pretrained_4bit(
-            folder, dtype=torch.float32, device=device, quantize_embeddings=weights == EMBEDDINGS
-        )
-    return optimize_model(model)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": device})
+    return load_pretrained_4bit(folder, dtype=torch.float32, device=device, quantize_embeddings=weights == EMBEDDINGS)
 
 
 def adapted(model: PreTrainedModel, rank: int) -> PeftModel:
@@ -126,11 +125,11 @@ def adapted(model: PreTrainedModel, rank: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def prepare(weights: str, to: Path, texts: Texts, case: Case) -> Path | None:
-    """Calibrated base weights and an adapter's start, written once for all seeds; None where neither is asked for."""
-    if weights not in (QERA, CALIBRATED, BOTH):
-        return None
-    set_seed(0)
+def prepare(case: Case, texts: Texts) -> list[Row]:
+    """Write the calibrated base weights, the adapters' start or both into `case.prepared`; no rows."""
+    weights, to = case.weights, case.prepared
+    assert to is not None
+    _begin(case, "highest")
     inputs = [batch_of(rows, texts.padding, case.device) for rows in in_parts(texts.train, MEASURED_AT_ONCE)]
     for batch in inputs:
         del batch["labels"]
@@ -141,11 +140,18 @@ def prepare(weights: str, to: Path, texts: Texts, case: Case) -> Path | None:
         model.save_pretrained(to / BASE)
     if weights != CALIBRATED:
         tuned = adapted(model, case.rank)
-        print(f"{weights}: {initialize_from_float(tuned, case.folder, 'qera_niter_8', inputs=inputs)}", flush=True)
+        print(f"{weights}: {initialize_from_float(tuned, case.folder, 'qera_niter_4', inputs=inputs)}", flush=True)
         to.mkdir(exist_ok=True)
         state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
         save_file({name: tensor.cpu() for name, tensor in state.items()}, to / START)
-    return to
+    return []
+
+
+def _begin(case: Case, precision: str) -> None:
+    torch.set_num_threads(case.threads)
+    if case.device == "cuda":
+        torch.set_float32_matmul_precision(precision)
+    set_seed(case.seed)
 
 
 def in_parts(rows: Sequence[list[int]], size: int) -> Iterator[Sequence[list[int]]]:
@@ -206,7 +212,7 @@ def losses_of(model: PeftModel, rows: Sequence[list[int]], padding: int, device:
 
 def run(case: Case, texts: Texts) -> list[Row]:
     """Train; rows of the losses on the prompts held out before, every `case.every` steps, and at the end."""
-    torch.set_num_threads(case.threads)
+    _begin(case, "high")  # TF32, which holds every 16-bit weight
     model = started(case).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0)

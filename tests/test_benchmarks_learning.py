@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -61,20 +63,31 @@ def test_decoding_once_changes_no_loss(measured):
 
 
 def test_processes_change_nothing(measured):
-    alone, together = (measured(name, "--weights", QERA, *flags) for name, flags in PROCESSES.items())
-    assert [row["losses"] for row in alone] == [row["losses"] for row in together]
+    flags = ("--seeds", "0", "1", "2", "--weights", QERA)
+    alone, together = measured("alone", *flags), measured("together", *flags, "--processes", "3")
+    found = [
+        {(row["weights"], row["seed"], row["step"], row["part"]): row["losses"] for row in rows}
+        for rows in (alone, together)
+    ]
+    assert found[0] == found[1]
 
 
-PROCESSES = {"alone": (), "together": ("--processes", "2")}
+def test_a_run_that_fails_leaves_the_others():
+    todo, found = deque([(getitem, []), (getitem, [5]), (getitem, [6])]), []
+    with pytest.raises(IndexError):
+        found += (result for _, result in learning._finished(todo, 0, processes=2))
+    assert sorted(found) == [5, 6]
 
 
 def test_the_learning_rate_is_chosen_by_other_prompts_than_it_is_tested_by():
-    def row(rate, part, step, loss):
-        return {"learning_rate": rate, "part": part, "step": step, "loss": loss}
+    def row(rate, part, step, loss, seed=0, weights=PLAIN):
+        return {"learning_rate": rate, "part": part, "step": step, "loss": loss, "seed": seed, "weights": weights}
 
     rows = [row(0.1, "choose", 2, 1.0), row(0.1, "test", 2, 9.0), row(0.1, "choose", 1, 9.0)]
     rows += [row(0.2, "choose", 2, 2.0), row(0.2, "test", 2, 0.5), row(0.2, "choose", 1, 0.5)]
-    assert learning.best_rate(rows) == 0.1
+    # Of the rate that was chosen there are more seeds and more kinds of weights, which choose nothing.
+    rows += [row(0.1, "choose", 2, 9.0, seed=1), row(0.2, "choose", 2, 0.1, weights=ZERO)]
+    assert learning.best_rate(rows, [0]) == 0.1
 
 
 def test_no_prompt_is_in_two_parts(prompts_csv, tmp_path):
