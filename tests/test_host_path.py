@@ -247,6 +247,21 @@ def test_several_threads_launch_their_own(layer, compiled):
         assert all((x.data_ptr(), y.data_ptr()) in pairs for y in ys[8:])
 
 
+def test_a_thread_enters_a_device_s_context_once(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", entered.append)
+
+    def work():
+        for device in (0, 0, 1, 1):
+            _launch._enter_context(device)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert entered == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("scratch", [0, 128])
 def test_triton_s_own_launch_is_left_out_only_where_it_adds_nothing(scratch):
     launched = []

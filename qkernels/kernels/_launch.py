@@ -10,6 +10,7 @@ Triton's launch hooks (its Proton profiler sets them) see the first launch of a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from triton import JITFunction
 
 # How Triton 3.6's launch in C takes its arguments.
 _PASSES_SCRATCH = triton.__version__.startswith("3.6.")
+_thread = threading.local()
 Grid = tuple[int, int, int]  # of plain integers: triton.cdiv, made for kernels, takes longer than the rest of a launch
 
 
@@ -45,6 +47,17 @@ class Ready(NamedTuple):
     start: Callable[..., None]
     between: tuple[object, ...]
     compiled: object
+
+
+def _enter_context(device: int) -> None:
+    """Make the device's CUDA context the thread's.
+
+    CUDA's runtime does it at a thread's first call, and Triton before it launches.  But it makes descriptors before
+    that, by the driver, which then says "invalid device context": in autograd's thread, where a product may come first.
+    """
+    if getattr(_thread, "device", None) != device:
+        torch.cuda.mem_get_info(device)  # a call of the runtime that no capture minds
+        _thread.device = device
 
 
 def _ready(compiled: Any) -> Ready:
@@ -99,6 +112,8 @@ class Launcher:
             self._first(grid, descriptors, pointers, scalars, config)
             return None
         device = torch._C._cuda_getDevice()
+        if descriptors:
+            _enter_context(device)
         addresses = [None if pointer is None else pointer.data_ptr() for pointer in pointers]
         types = [None if pointer is None else pointer.dtype for pointer in pointers]
         specialized = 0  # three bits a size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,17 @@ def test_the_public_function_takes_it_and_differentiates_it():
         dy = torch.randn_like(y)
         y.backward(dy)
         assert_bits_equal(x.grad.view(M, -1), fused(dy.view(M, -1), packed, state, backward=True))
+
+
+def test_it_may_be_the_first_that_a_thread_does():
+    packed, state = weight(4096, 4096, torch.float16)
+    x = torch.randn(96, 4096, device="cuda", dtype=torch.float16)
+    expected, found = fused(x, packed, state), []
+    torch.empty_like(expected)  # so that the thread need not ask CUDA for memory
+    thread = threading.Thread(target=lambda: found.append(fused(x, packed, state)))
+    thread.start()
+    thread.join()
+    assert_bits_equal(found[0], expected)
 
 
 def test_what_is_not_contiguous_or_aligned():
