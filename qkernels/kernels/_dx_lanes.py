@@ -22,12 +22,11 @@ def _load_asm(words: int) -> str:
     )
 
 
-def _decode_asm(kind: str, stride: int) -> str:
+def _decode_asm(kind: str) -> str:
     """Four bytes of rows n and n + 1 ($8, $9), their scales ($10, $11): eight fragment registers.
 
     Of each byte first the even k of both rows, then the odd k.  The nibbles of two rows are put together to one byte,
-    whose two codes a table has in float32, entry b for this lane at b * stride + $12.  With a stride of 256 bytes the
-    address is one byte permute, with 128 a shift and an and-or.
+    whose two codes a table has in float32, entry b for this lane at 128 b + $12.
     """
     lines = [
         "{ .reg .b32 even, odd, address, table; .reg .f32 code, code_1;",
@@ -38,12 +37,10 @@ def _decode_asm(kind: str, stride: int) -> str:
     for number in range(4):
         right = 8 * number - 7
         for half, word in enumerate(("even", "odd")):
-            if stride == 256:
-                lines.append(f"prmt.b32 address, {word}, $12, {0x5504 | number << 4:#x};")
-            else:
-                shift = f"shr.b32 address, {word}, {right};" if right > 0 else f"shl.b32 address, {word}, {-right};"
-                lines += [shift, "lop3.b32 address, address, 0x7f80, $12, 0xEA;"]
+            shift = f"shr.b32 address, {word}, {right};" if right > 0 else f"shl.b32 address, {word}, {-right};"
             lines += [
+                shift,
+                "lop3.b32 address, address, 0x7f80, $12, 0xEA;",
                 "add.u32 address, address, table;",
                 "ld.shared.v2.f32 {code, code_1}, [address];",
                 "mul.rn.f32 code, code, $10; mul.rn.f32 code_1, code_1, $11;",
@@ -62,9 +59,9 @@ def _decode_asm(kind: str, stride: int) -> str:
 _LOAD_1 = gl.constexpr(_load_asm(1))
 _LOAD_2 = gl.constexpr(_load_asm(2))
 _LOAD_4 = gl.constexpr(_load_asm(4))
-_F16_128, _F16_256 = (gl.constexpr(_decode_asm("f16", stride)) for stride in (128, 256))
-_BF16_128, _BF16_256 = (gl.constexpr(_decode_asm("bf16", stride)) for stride in (128, 256))
-_SM75_128, _SM75_256 = (gl.constexpr(_decode_asm("sm_75", stride)) for stride in (128, 256))
+_DECODE_F16 = gl.constexpr(_decode_asm("f16"))
+_DECODE_BF16 = gl.constexpr(_decode_asm("bf16"))
+_DECODE_SM75 = gl.constexpr(_decode_asm("sm_75"))
 _LOAD_SHARED_VECTOR = gl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
 
 
@@ -86,14 +83,10 @@ def load_row(address, inside, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def decode_pair(row, row_1, scale, scale_1, lane8, KIND: gl.constexpr, STRIDE: gl.constexpr):
+def decode_pair(row, row_1, scale, scale_1, lane8, KIND: gl.constexpr):
     """Four bytes of two neighbouring rows: for each byte the pair of its even k and the pair of its odd k."""
-    WIDE: gl.constexpr = STRIDE == 256
-    F16: gl.constexpr = _F16_256 if WIDE else _F16_128
-    BF16: gl.constexpr = _BF16_256 if WIDE else _BF16_128
-    SM75: gl.constexpr = _SM75_256 if WIDE else _SM75_128
     return gl.inline_asm_elementwise(
-        SM75 if KIND == "sm_75" else (BF16 if KIND == "bf16" else F16),
+        _DECODE_SM75 if KIND == "sm_75" else (_DECODE_BF16 if KIND == "bf16" else _DECODE_F16),
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,f,f,r",
         [row, row_1, scale, scale_1, lane8],
         dtype=[gl.int32] * 8,
@@ -119,7 +112,7 @@ def wait_for_warp(thread):
 
 
 @gluon.jit
-def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, num_warps: gl.constexpr):
+def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr):
     """The two codes of every byte, high nibble first, two entries at a time; `CODES` are the bits of float32."""
     code = lane * 0
     for index in gl.static_range(16):
@@ -128,7 +121,7 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, nu
         byte = (warp * (128 // num_warps) + i) * 2 + lane // 16
         first = from_lane(code, byte // 16).to(gl.float32, bitcast=True)
         second = from_lane(code, byte % 16).to(gl.float32, bitcast=True)
-        store_shared_pair(shared + byte * STRIDE + lane % 16 * 8, first, second)
+        store_shared_pair(shared + byte * 128 + lane % 16 * 8, first, second)
 
 
 @gluon.jit

@@ -65,9 +65,7 @@ def _four(acc, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
-    acc, w, scales, dy, lane8, BYTES: gl.constexpr, GROUPS: gl.constexpr, STRIDE: gl.constexpr, KIND: gl.constexpr
-):
+def multiply(acc, w, scales, dy, lane8, BYTES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr):
     """Add the product of 32 rows of W."""
     WORDS: gl.constexpr = BYTES // 4
     sums = ()
@@ -76,7 +74,7 @@ def multiply(
         for pair in gl.static_range(4):
             row = w[2 * pair * WORDS + word]
             row_1 = w[(2 * pair + 1) * WORDS + word]
-            pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND, STRIDE)
+            pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND)
         for byte in gl.static_range(4):
             a = ()
             for pair in gl.static_range(4):

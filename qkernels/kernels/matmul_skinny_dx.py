@@ -25,6 +25,7 @@ from triton.experimental import gluon
 
 from ..format import FP4_CODE, NESTED_BLOCKSIZE, NF4_CODE
 from ..tuning.skinny_dx import STEP as _STEP_SIZE
+from ..tuning.skinny_dx import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny_dx import SkinnyDxConfig
 from ._dx_lanes import fill_table
 from ._dx_scales import scale_area, scales_of_lane, store_map
@@ -36,6 +37,7 @@ from ._skinny_chunk import zeros
 from ._wgmma import SUM_CONFIG, sum_parts_kernel
 
 STEP = gl.constexpr(_STEP_SIZE)
+TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "part_steps"])
@@ -60,7 +62,6 @@ def _matmul_skinny_dx_kernel(
     COLUMNS: gl.constexpr,
     BYTES: gl.constexpr,
     K_WARPS: gl.constexpr,
-    STRIDE: gl.constexpr,
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
@@ -83,7 +84,7 @@ def _matmul_skinny_dx_kernel(
     n_warp = warp // K_WARPS
     lane8 = lane % 16 * 8
     shared = shared_address(thread)
-    map_address = shared + 256 * STRIDE
+    map_address = shared + TABLE_BYTES
     tile = gl.program_id(0)
     tiles_of_columns = (M + COLUMNS - 1) // COLUMNS
     first_k = tile // tiles_of_columns * ROWS
@@ -98,7 +99,7 @@ def _matmul_skinny_dx_kernel(
     first = (first_step + n_warp) * STEP
 
     wait_for_all(thread)
-    fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+    fill_table(shared, warp, lane, CODES, num_warps)
     if EARLY:
         wait_for_previous(thread)
         let_next_begin(thread)
@@ -161,7 +162,7 @@ def _matmul_skinny_dx_kernel(
         if turn * N_WARPS + this_n_warp < steps:
             area = scale_area(map_address, warp, turn, BLOCKS, num_warps)
             scales = scales_of_lane(stored, area, map_address, offset, lane, BLOCKS, NESTED)
-            acc = multiply(acc, w, scales, dy, lane8, BYTES, GROUPS, STRIDE, KIND)
+            acc = multiply(acc, w, scales, dy, lane8, BYTES, GROUPS, KIND)
         w = w_then
         stored = stored_then
         dy = dy_then
@@ -199,7 +200,6 @@ def skinny_dx_constants(config: SkinnyDxConfig, dtype: torch.dtype) -> dict[str,
         "COLUMNS": config.columns,
         "BYTES": config.bytes,
         "K_WARPS": config.k_warps,
-        "STRIDE": config.stride,
         "SPLIT": config.parts > 1,
         "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
