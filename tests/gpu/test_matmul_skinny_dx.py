@@ -63,18 +63,19 @@ def test_every_number_of_columns(new_inputs, M):
         assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
 
 
+@pytest.mark.parametrize("share", range(6))
 @pytest.mark.parametrize("M", [7, 16, 31])
-def test_every_configuration(new_inputs, M):
-    for N, K in ((2048, 4096), (1001, 4160)):
-        packed, state = weight(N, K, torch.float16)
-        dy = gradient(M, N, torch.float16)
-        for config in skinny_dx_candidates(M, N, K, sm()):
-            assert_dx_accurate(fused(dy, packed, state, config), dy, packed, state)
+def test_every_configuration(new_inputs, M, share):
+    N, K = 2056, 4160
+    packed, state = weight(N, K, torch.float16)
+    dy = gradient(M, N, torch.float16)
+    for config in skinny_dx_candidates(M, N, K, sm())[share::6]:
+        assert_dx_accurate(fused(dy, packed, state, config), dy, packed, state)
 
 
 @pytest.mark.parametrize("quant_type", qkernels.QUANT_TYPES)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
 @pytest.mark.parametrize("M", [2, 11])
 def test_blocks_and_types(new_inputs, M, blocksize, nested, quant_type):
     for dtype in DTYPES:
