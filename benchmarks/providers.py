@@ -164,7 +164,18 @@ PROVIDERS = {
 
 
 def add_stacks_flag(parser: argparse.ArgumentParser) -> None:
-    """Which of them run."""
+    """Which of them run; in the order of `PROVIDERS` all the same, so that there is one to hold the others against."""
+
+    class InOrder(argparse.Action):
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+            namespace.stacks = [stack for stack in PROVIDERS if stack in values]
+
     parser.add_argument(
-        "--stacks", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="STACK", help="default: all"
+        "--stacks",
+        nargs="+",
+        choices=PROVIDERS,
+        default=list(PROVIDERS),
+        metavar="STACK",
+        action=InOrder,
+        help="default: all; bitsandbytes runs first, to hold the others against",
     )

@@ -139,6 +139,11 @@ def test_the_page_shows_the_rows(results: Path, rows: list[report.Row]) -> None:
         assert page.count(f"| {stack} | fp32 |") == 4  # loading, recipe, fixed length, generating
 
 
+def test_the_stack_to_hold_the_others_against_runs_first() -> None:
+    options = bloom7b1._parser().parse_args(["--stacks", "qlora", "trl+peft+bitsandbytes", "--out", "x"])
+    assert options.stacks == ["trl+peft+bitsandbytes", "qlora"]
+
+
 def test_the_full_size_is_bloom_7b1s() -> None:
     config = checkpoint.bloom_config(checkpoint.ModelSize())
     shards = list(checkpoint._shards(config))
