@@ -24,7 +24,7 @@ from . import data, report
 from .checkpoint import build_checkpoint
 from .command import add_model_flags, model_run, parser_of, written
 from .jobs import Case, Job
-from .processes import run_job
+from .processes import Workers
 from .providers import DTYPES, add_stacks_flag
 
 PROMPTS = 50
@@ -49,20 +49,22 @@ def run(options: argparse.Namespace) -> Path:
     rows: list[report.Row] = []
     with tempfile.TemporaryDirectory(prefix="bloom7b1-") as work:
         checkpoint = options.checkpoint or Path(work) / "checkpoint"
-        common["checkpoint_bytes"] = build_checkpoint(checkpoint, asked.size, device=device)
-        data.train_tokenizer(texts, asked.size.vocab).save_pretrained(checkpoint)
-        (Path(work) / "prompts.json").write_text(json.dumps(texts[: options.prompts]), encoding="utf-8")
-        print(f"checkpoint: {common['checkpoint_bytes'] / 1e9:.2f} GB after {time.monotonic() - begin:.0f} s")
-        for job in _jobs(options, device, checkpoint, Path(work)):
-            left = options.limit - (time.monotonic() - begin)
-            outcome = run_job(job, limit_s=max(0.0, min(options.limit_each, left)))
-            new = report.rows_of(job, outcome, common)
-            rows += new
-            report.write(stem, rows, report.markdown)
-            for row in new:
-                _print(row, time.monotonic() - begin)
-            if outcome.failure is not None:
-                print(outcome.log_tail, file=sys.stderr, flush=True)
+        jobs = _jobs(options, device, checkpoint, Path(work))
+        with Workers(jobs) as workers:
+            common["checkpoint_bytes"] = build_checkpoint(checkpoint, asked.size, device=device)
+            data.train_tokenizer(texts, asked.size.vocab).save_pretrained(checkpoint)
+            (Path(work) / "prompts.json").write_text(json.dumps(texts[: options.prompts]), encoding="utf-8")
+            print(f"checkpoint: {common['checkpoint_bytes'] / 1e9:.2f} GB after {time.monotonic() - begin:.0f} s")
+            for job in jobs:
+                left = options.limit - (time.monotonic() - begin)
+                outcome = workers.run(job, limit_s=max(0.0, min(options.limit_each, left)))
+                new = report.rows_of(job, outcome, common)
+                rows += new
+                report.write(stem, rows, report.markdown)
+                for row in new:
+                    _print(row, time.monotonic() - begin)
+                if outcome.failure is not None:
+                    print(outcome.log_tail, file=sys.stderr, flush=True)
     return stem
 
 

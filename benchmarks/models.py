@@ -27,7 +27,7 @@ from .command import model_size
 from .compare import AGAIN, OURS
 from .jobs import Case, Job
 from .operations import stored_bytes
-from .processes import Outcome, run_job
+from .processes import Outcome, Workers
 from .providers import DTYPES, MAX_LENGTH, PROVIDERS, lora_targets
 from .report import UNMEASURED, Row
 from .timing import Call, percentiles
@@ -126,18 +126,22 @@ def model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     """A row for each operation, dtype and stack, ours once more at the end for the noise; without the shares."""
     asked = asked_of(options)
     size = TRIAL if options.smoke else model_size(options.model, layers=options.layers)
+    names = [name for name, dtype in DTYPES.items() if _name(dtype) in options.dtype] if device == "cuda" else ["fp32"]
+    stacks = [(stack, stack, name) for name in names for stack in options.stacks]
+    stacks += [(stack, stack + AGAIN, names[0]) for stack in options.stacks if stack in OURS]
     with tempfile.TemporaryDirectory(prefix="models-") as work:
         folder = Path(work)
-        checkpoint_bytes = prepare(folder, size, device)
-        lora = LoraArguments(lora_target_modules=lora_targets(size.family))
-        shapes = shapes_of(meta_model(str(folder / "checkpoint")), lora)
-        names = [name for name, dtype in DTYPES.items() if _name(dtype) in options.dtype]
-        for number, precision in enumerate(names if device == "cuda" else ["fp32"]):
-            again = [(stack, stack + AGAIN) for stack in options.stacks if stack in OURS and number == 0]
-            dtype = DTYPES[precision]
-            base = {"model": size.name, "rows": None, "columns": None, "dtype": _name(dtype)}
-            for stack, provider in [*zip(options.stacks, options.stacks, strict=True), *again]:
-                outcome = run_job(job_of(folder, stack, provider, precision, device, asked), limit_s=LIMIT_S)
+        jobs = {
+            (provider, name): job_of(folder, stack, provider, name, device, asked) for stack, provider, name in stacks
+        }
+        with Workers(jobs.values()) as workers:
+            checkpoint_bytes = prepare(folder, size, device)
+            lora = LoraArguments(lora_target_modules=lora_targets(size.family))
+            shapes = shapes_of(meta_model(str(folder / "checkpoint")), lora)
+            for (provider, name), job in jobs.items():
+                dtype = DTYPES[name]
+                base = {"model": size.name, "rows": None, "columns": None, "dtype": _name(dtype)}
+                outcome = workers.run(job, limit_s=LIMIT_S)
                 for op, m in asked.measured:
                     least = work_of(op, m, shapes, asked, checkpoint_bytes, dtype.itemsize)
                     yield {**base, "op": op, "m": m, "provider": provider, **_row(op, m, outcome, least)}

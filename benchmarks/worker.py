@@ -3,12 +3,13 @@
 A process of its own keeps the peaks honest (no other stack's allocator, caches, imports or patches) and lets the parent
 end it at its time limit.  Errors are not caught: the parent reads the traceback's last line as the reason.
 
-    python -m benchmarks.worker JOB.json
+    python -m benchmarks.worker JOB.json [PIPE]     # with a pipe it waits for its turn, see `processes.Workers`
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -236,5 +237,13 @@ def _held_against_tokens(job: Job, model: PeftModel, tokens: torch.Tensor) -> di
     return fields
 
 
+def _wait_for_its_turn(ready: int) -> None:
+    """Tell the parent that everything is imported, and wait until it closes standard input."""
+    os.close(ready)
+    sys.stdin.read()
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        _wait_for_its_turn(int(sys.argv[2]))
     run(Job.load(Path(sys.argv[1])))

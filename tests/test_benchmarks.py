@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,8 +258,38 @@ def test_a_stack_that_the_gate_stops_is_not_timed_but_listed_with_its_reason(job
 
 
 def test_a_stack_is_ended_at_its_time_limit(job: Job) -> None:
-    outcome = processes.run_job(job, limit_s=0.2)
-    assert outcome == processes.Outcome([], "ended at its time limit of 0 s", "start", "")
+    outcome = processes.run_job(replace(job, cases=(Case("long", 2, None, 10**6, 0),)), limit_s=5)
+    assert (outcome.failure, outcome.failed_in) == ("ended at its time limit of 5 s", "case")
+    assert [phase["phase"] for phase in outcome.phases] == ["load", "gate"]
+
+
+def test_a_stack_that_has_no_time_left_does_not_begin(job: Job) -> None:
+    outcome = processes.run_job(job, limit_s=0)
+    assert (outcome.phases, outcome.failure, outcome.failed_in) == ([], "ended at its time limit of 0 s", "start")
+
+
+def test_every_process_has_imported_before_the_first_begins(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one, which is still importing, would disturb the first one's times; and none begins unasked."""
+    jobs = [replace(job, folder=str(tmp_path / name), record=str(tmp_path / name / "r")) for name in ("a", "b")]
+    ready: list[int] = []
+    begin = processes._Started.begin
+
+    def noting_begin(self: processes._Started) -> None:
+        pipes = [started._ready for started in workers._started.values()]
+        ready.append(sum(not pipe.closed and bool(select.select([pipe], [], [], 0)[0]) for pipe in pipes))
+        begin(self)
+
+    monkeypatch.setattr(processes._Started, "begin", noting_begin)
+    with processes.Workers(jobs) as workers:
+        first, second = workers._started.values()
+        assert not workers.run(jobs[0], limit_s=120).failure
+        assert ready[0] == 2
+        assert first.has_ended
+        assert not second.has_ended
+        assert not Path(jobs[1].record).exists()
+    assert second.has_ended
 
 
 def test_what_was_finished_before_a_failure_is_kept(job: Job) -> None:
