@@ -65,7 +65,7 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
     if arch == "sm_90":
         yield from _matmul_wgmma()
     if arch != "sm_75":  # `tl.dot` has no tensor cores there
-        yield from _lora(int(arch.removeprefix("sm_")) >= 90)
+        yield from _lora()
     yield from _dropout()
     yield from _partial_sums()
     for blocksize in BLOCKSIZES:
@@ -168,7 +168,7 @@ def _blockwise(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Va
     )
 
 
-def _lora(early: bool) -> Iterator[Variant]:
+def _lora() -> Iterator[Variant]:
     """Few and many rows (u in parts and in one), float32 and 16-bit factors, with dropout and without."""
     threshold, kept_scale = threshold_and_scale(0.05)
     for M, dtype, factors, rank in (
@@ -183,7 +183,6 @@ def _lora(early: bool) -> Iterator[Variant]:
             tag = f"M={M} {dtype} factors {factors} rank={rank}{' dropout' if dropout else ''}"
             seed: dict[str, str] = {"seed_ptr": "*i64"} if dropout else {}
             mask = {"DROPOUT": dropout, "THRESHOLD": threshold, "KEPT_SCALE": kept_scale} if dropout else _NO_DROPOUT
-            mask = mask | {"EARLY": early}
             sizes = dict.fromkeys(("M", "C", "r"), "i32:16")
             for tall in (False, True):
                 w = {"w_ptr": f"*{factors}", **seed}
@@ -230,7 +229,7 @@ def _lora(early: bool) -> Iterator[Variant]:
         "lora_sum",
         _lora_sum_kernel,
         {"parts_ptr": "*fp32", "out_ptr": "*fp16", "M": "i32:16"},
-        {"RANK": 16, "PARTS": config.parts, "ROWS": 64, "EARLY": early},
+        {"RANK": 16, "PARTS": config.parts, "ROWS": 64},
         config,
     )
 
@@ -347,7 +346,7 @@ def _matmul_wgmma() -> Iterator[Variant]:
             yield wgmma_variant(columns, "bf16", False, backward, rank=64)
     for has_bias in (False, True):
         config = tiling(64, 4096, 4096, 64, 4, 0)
-        yield sum_variant("wgmma", sum_constants(config, has_bias))
+        yield sum_variant("wgmma", sum_constants(config, has_bias, False))
 
 
 def wgmma_variant(

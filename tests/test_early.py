@@ -20,11 +20,11 @@ def _named(beginning: str) -> Variant:
 @pytest.mark.parametrize(
     "variant",
     [
-        skinny_variant(1, 4096, 4096, 90, "fp16", "nf4", 64, True, has_bias=True),
+        skinny_variant(17, 4096, 4096, 90, "fp16", "nf4", 64, True, has_bias=True),
         skinny_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, False, has_bias=False),
         wgmma_variant(64, "fp16", True, False),
-        wgmma_variant(64, "bf16", False, True, rank=16),
-        *(_named(name) for name in ("sum_parts", "lora_down", "lora_up", "lora_grads", "lora_sum")),
+        wgmma_variant(64, "bf16", False, False, rank=16),
+        _named("sum_parts"),
     ],
     ids=lambda variant: variant.name,
 )
@@ -36,7 +36,11 @@ def test_it_waits_before_it_looks(variant):
     assert "griddepcontrol.launch_dependents" in ptx
 
 
-def test_older_gpus_do_not_know_it():
-    for M in (1, 32):
-        variant = skinny_variant(M, 4096, 4096, 80, "fp16", "nf4", 64, True, has_bias=False)
-        assert "griddepcontrol" not in aot.compile_variant(variant, "sm_80").asm["ptx"]
+def test_who_does_not_begin_early():
+    for variant in (
+        skinny_variant(32, 4096, 4096, 80, "fp16", "nf4", 64, True, has_bias=False),
+        skinny_variant(16, 4096, 4096, 90, "fp16", "nf4", 64, True, has_bias=False),
+        wgmma_variant(128, "fp16", True, False),
+        wgmma_variant(64, "fp16", True, True),
+    ):
+        assert variant.constants["EARLY"] is False

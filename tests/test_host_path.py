@@ -61,7 +61,7 @@ def layer():
 def compiled(monkeypatch, layer):
     compiled = Compiled()
     monkeypatch.setattr(Launcher, "_first", lambda *arguments: compiled.first(*arguments))
-    monkeypatch.setattr(matmul_skinny._LAUNCHERS[True], "_variants", {})
+    monkeypatch.setattr(matmul_skinny._LAUNCHERS[False], "_variants", {})
     monkeypatch.setattr(_launch, "_PASSES_SCRATCH", False)
     for module in (ops, functional):
         monkeypatch.setattr(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -162,12 +161,6 @@ class Launcher:
 def early_and_late(kernel: Any, **options: Any) -> dict[bool, Launcher]:
     """Two launchers of a kernel, by its constant EARLY: whether it begins while the kernel before it ends."""
     return {early: Launcher(kernel, launch_pdl=early, **options) for early in (False, True)}
-
-
-@lru_cache
-def can_begin_early(device: int) -> bool:
-    """Whether a kernel of the GPU with this index may (`_early.py`); -1 is a CPU."""
-    return device >= 0 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:

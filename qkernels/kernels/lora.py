@@ -21,10 +21,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..tuning.lora import DownConfig, TileConfig, padded_rank
-from ._launch import can_begin_early, early_and_late
+from ._launch import Launcher
 from .dropout import dropped
 
 
@@ -71,12 +70,8 @@ def _lora_down_kernel(
     DROPOUT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Part program_id(1) of SCALING dropout(x[M, C]) w, to float32[parts, M, RANK]."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     acc = tl.zeros((ROWS, RANK), tl.float32)
@@ -93,13 +88,8 @@ def _lora_down_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _lora_sum_kernel(
-    parts_ptr, out_ptr, M, RANK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr
-):
+def _lora_sum_kernel(parts_ptr, out_ptr, M, RANK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """The parts of `down`, added in order and rounded, to out[M, RANK]."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner = load_inner(parts_ptr, rows, M, RANK, PARTS, out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows[:, None] * RANK + tl.arange(0, RANK)[None, :], inner, mask=(rows < M)[:, None])
@@ -125,12 +115,8 @@ def _lora_up_kernel(
     DROPOUT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """out[M, C] (+)= dropout(inner w^T) + bias, in float32 and rounded once."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -201,12 +187,8 @@ def _lora_grads_kernel(
     DROPOUT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Programs below tiles_B: dB[N, r] = dy^T u; the others dA[r, K] = v^T dropout(x)."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     tile = tl.program_id(0)
     j = tl.arange(0, RANK)
     if tile < tiles_B:
@@ -224,10 +206,10 @@ def _lora_grads_kernel(
         tl.store(to_A, tl.trans(grad_A).to(grad_A_ptr.dtype.element_ty), mask=(j < r)[:, None] & (k < K)[None, :])
 
 
-_DOWN = early_and_late(_lora_down_kernel)
-_SUM = early_and_late(_lora_sum_kernel)
-_UP = early_and_late(_lora_up_kernel)
-_GRADS = early_and_late(_lora_grads_kernel)
+_launch_down = Launcher(_lora_down_kernel)
+_launch_sum = Launcher(_lora_sum_kernel)
+_launch_up = Launcher(_lora_up_kernel)
+_launch_grads = Launcher(_lora_grads_kernel)
 
 # seed, threshold of 24 bits, scale of what is kept: as `seeded_dropout`'s kernel takes them.
 Dropout = tuple[torch.Tensor, int, float]
@@ -251,18 +233,17 @@ def lora_down_triton(
     rank = padded_rank(r)
     parts = torch.empty((config.parts, M, rank), dtype=torch.float32, device=x.device)
     seed, constants = _dropout_constants(dropout)
-    early = can_begin_early(x.get_device())
-    _DOWN[early](
+    _launch_down(
         (-(-M // config.rows), config.parts, 1),
         (x, w, seed, parts),
         (M, C, r, config.part_steps),
-        (scaling, tall, rank, config.rows, config.columns, *constants, early),
+        (scaling, tall, rank, config.rows, config.columns, *constants),
         config,
     )
     if not config.summed:
         return parts
     out = torch.empty((1, M, rank), dtype=x.dtype, device=x.device)
-    _SUM[early]((-(-M // 64), 1, 1), (parts, out), (M,), (rank, config.parts, 64, early), config)
+    _launch_sum((-(-M // 64), 1, 1), (parts, out), (M,), (rank, config.parts, 64), config)
     return out
 
 
@@ -286,8 +267,7 @@ def lora_up_triton(
     """
     M, C = out.shape
     seed, constants = _dropout_constants(dropout)
-    early = can_begin_early(out.get_device())
-    _UP[early](
+    _launch_up(
         (-(-C // config.columns), -(-M // config.rows), 1),
         (inner, w, bias, seed, out),
         (M, C, w.shape[1 if tall else 0]),
@@ -300,7 +280,6 @@ def lora_up_triton(
             bias is not None,
             accumulate,
             *constants,
-            early,
         ),
         config,
     )
@@ -326,11 +305,10 @@ def lora_grads_triton(
     (M, N), K = dy.shape, x.shape[1]
     tiles_B = -(-N // config.columns)
     seed, constants = _dropout_constants(dropout)
-    early = can_begin_early(dy.get_device())
-    _GRADS[early](
+    _launch_grads(
         (tiles_B + -(-K // config.columns), 1, 1),
         (dy, x, u, v, seed, grad_A, grad_B),
         (M, N, K, grad_B.shape[1], tiles_B),
-        (u.shape[2], u.shape[0], v.shape[0], config.rows, config.columns, *constants, early),
+        (u.shape[2], u.shape[0], v.shape[0], config.rows, config.columns, *constants),
         config,
     )

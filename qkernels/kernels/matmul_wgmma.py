@@ -29,10 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..format import NESTED_BLOCKSIZE, byte_table
-from ..tuning.wgmma import WgmmaConfig
+from ..tuning.wgmma import WgmmaConfig, begins_early
 from ._adapter import add_adapter, inner_memory, store_inner
 from ._early import let_next_begin, wait_for_previous
-from ._launch import Launcher
+from ._launch import early_and_late
 from ._wgmma import (
     SUM_CONFIG,
     TAKE_TURNS,
@@ -113,6 +113,7 @@ def _matmul_wgmma_kernel(
     SPLIT: gl.constexpr,
     RANK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_desc.dtype
     WARPS: gl.constexpr = ROWS // 16
@@ -148,8 +149,9 @@ def _matmul_wgmma_kernel(
         mbarrier.init(arrived[s], count=1)
     fence_async_shared()
     block_barrier()
-    wait_for_previous(0)
-    let_next_begin(0)
+    if EARLY:
+        wait_for_previous(0)
+        let_next_begin(0)
     for s in gl.static_range(STAGES - 2):
         mbarrier.expect(arrived[s], COLUMNS * 128)
         load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
@@ -276,8 +278,8 @@ def _matmul_wgmma_kernel(
         _store_part(acc, parts_ptr, unit, storing)
 
 
-_launch = Launcher(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False, launch_pdl=True)
-_launch_sum = Launcher(sum_parts_kernel, launch_pdl=True)
+_LAUNCHERS = early_and_late(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
+_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 _SUM_COLUMNS = 16
 
@@ -304,10 +306,11 @@ def wgmma_constants(
         "SPLIT": split,
         "RANK": inner_shape[1],
         "INNER_PARTS": inner_shape[0],
+        "EARLY": begins_early(config, backward),
     }
 
 
-def sum_constants(config: WgmmaConfig, has_bias: bool) -> dict[str, object]:
+def sum_constants(config: WgmmaConfig, has_bias: bool, backward: bool) -> dict[str, object]:
     """The compile-time arguments of the kernel that adds the parts, in its order."""
     return {
         "ROWS": config.rows,
@@ -315,7 +318,7 @@ def sum_constants(config: WgmmaConfig, has_bias: bool) -> dict[str, object]:
         "PARTS": config.parts,
         "PIECE": _SUM_COLUMNS,
         "HAS_BIAS": has_bias,
-        "EARLY": True,
+        "EARLY": begins_early(config, backward),
     }
 
 
@@ -362,7 +365,8 @@ def matmul_wgmma_triton(
     if split_tiles:
         size = split_tiles * config.parts * config.rows * config.columns
         parts = torch.empty(size, dtype=torch.float32, device=x.device)
-    _launch(
+    early = begins_early(config, backward)
+    _LAUNCHERS[early](
         (config.whole_tiles + split_tiles * config.parts, 1, 1),
         (
             packed,
@@ -383,10 +387,10 @@ def matmul_wgmma_triton(
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),
     )
     if parts is not None:
-        _launch_sum(
+        _SUM_LAUNCHERS[early](
             (split_tiles, config.columns // _SUM_COLUMNS, 1),
             (parts, bias, out),
             (M, R, config.whole_tiles, tiles_of_columns),
-            tuple(sum_constants(config, has_bias).values()),
+            tuple(sum_constants(config, has_bias, backward).values()),
             SUM_CONFIG,
         )

@@ -86,6 +86,15 @@ def wgmma_config(M: int, N: int, K: int, backward: bool) -> WgmmaConfig:
     return wgmma_candidates(M, N, K, backward)[0]
 
 
+def begins_early(config: WgmmaConfig, backward: bool) -> bool:
+    """Whether product and sum begin while the kernel before them ends (`kernels/_early.py`).
+
+    It gained up to 3% for y in narrow tiles.  Programs of wide ones leave registers for one of the sum's each, the few
+    idle multiprocessors take all others, and dX took 10% longer.
+    """
+    return not backward and config.columns == 64
+
+
 def wgmma_limit(N: int, K: int) -> int:
     """The most rows of x for which the fused product was faster than decoding W apart and cuBLAS."""
     return 512 if N * K >= 2**25 else 256
