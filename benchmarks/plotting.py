@@ -10,6 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .report import Row
 
@@ -47,11 +49,14 @@ def source_of(path: Path, rows: Iterable[Row]) -> str:
 
 
 def picture(make: Callable[[], Figure], source: str) -> bytes:
-    """A figure as a PNG; `source` stands small below it and in the file's metadata."""
-    buffer = io.BytesIO()
+    """A figure as a PNG of 256 colours, a third of the bytes; `source` stands small below it and in the metadata."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
     with rc_context(STYLE):
         figure = make()
         figure.supxlabel(source, fontsize=6, color="0.45", x=0.995, ha="right")
         FigureCanvasAgg(figure)
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={SOURCE_KEY: source, "Software": None})
+        figure.savefig(drawn, format="png", dpi=DPI)
+    texts = PngInfo()
+    texts.add_text(SOURCE_KEY, source)
+    Image.open(drawn).convert("RGB").quantize(256).save(buffer, format="png", optimize=True, pnginfo=texts)
     return buffer.getvalue()
