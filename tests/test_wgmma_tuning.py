@@ -88,6 +88,16 @@ def test_the_code_is_what_the_turns_need(backward):
     assert "membar" not in loop
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_copies_of_the_first_step_are_waited_for_before_turns_begin(backward):
+    ptx = aot.compile_variant(wgmma_variant(256, "fp16", False, backward), "sm_90").asm["ptx"]
+    # The first wait for copies has the barrier after it that all groups pass before one of them runs ahead.
+    before = ptx[: ptx.index("wgmma.mma_async")]
+    assert before.count("cp.async.wait_group") == 2
+    first = before.index("cp.async.wait_group")
+    assert "bar.sync" in before[first : before.index("cp.async.wait_group", first + 1)]
+
+
 def test_its_table_is_beside_enough_of_other_shared_memory():
     # The driver grants more than 48 KiB in all only if the dynamic part, which the launch raises, exceeds that alone.
     for columns in (64, 128, 256):

@@ -215,6 +215,8 @@ def _matmul_wgmma_kernel(
         # Stages of x that nothing is loaded into yet have room for an adapter's part.
         inner = inner_memory(xs[STAGES - 1], RANK)
         store_inner(inner_ptr, inner, column0, first, M, INNER_PARTS, WARPS)
+    # Each group decodes what both have copied, and the first one begins before the second has waited for its copies.
+    async_copy.wait_group(W_AHEAD - 1)
     block_barrier()
     if RANK:
         acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
