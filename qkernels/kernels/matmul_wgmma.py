@@ -6,8 +6,9 @@ written anywhere.  x comes into shared memory by TMA as the second operand.  The
 quantization block of W's row, so a step has one scale a row.
 
 A wgmma with an operand in registers keeps its warps at the instruction until the operand is read.  So two warp groups
-take turns: every step has two barriers, one before decoding and one before multiplying, and the second group runs one
-barrier behind the first.  One decodes while the other multiplies.
+take turns of two steps: each turn has two barriers, one before decoding and one before multiplying, and the second
+group runs one barrier behind the first.  One decodes while the other multiplies.  From the end of one group's products
+to the beginning of the other's tensor cores wait; turns of one step would have twice as much of that.
 
 Tiles of the output that do not fill the GPU's multiprocessors evenly are split along the contraction, in `parts` of
 equal length, which a second kernel adds in a fixed order: two runs give the same bits.
@@ -57,7 +58,7 @@ from ._wgmma import (
 
 W_STAGES = gl.constexpr(8)
 # Steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache.
-W_AHEAD = gl.constexpr(5)
+W_AHEAD = gl.constexpr(6)
 
 
 @gluon.jit
@@ -117,6 +118,7 @@ def _matmul_wgmma_kernel(
     DTYPE: gl.constexpr = x_desc.dtype
     WARPS: gl.constexpr = ROWS // 16
     GROUPS: gl.constexpr = ROWS // 64
+    PAIRS: gl.constexpr = STAGES // 2
     PER_SCALE: gl.constexpr = QUANT_BLOCK // 64
     blocks = K // 64  # of 64 weights a row of W
     R = K if BACKWARD else N
@@ -152,14 +154,19 @@ def _matmul_wgmma_kernel(
     let_next_begin(0)
     for s in gl.static_range(STAGES - 2):
         mbarrier.expect(arrived[s], COLUMNS * 128)
+    for s in gl.static_range(STAGES - 3):
         load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
 
     copying: gl.constexpr = copying_layout(ROWS, BACKWARD)
-    ws = gl.allocate_shared_memory(
-        gl.uint8,
-        [W_STAGES, 64 if BACKWARD else ROWS, ROWS // 2 if BACKWARD else 32],
-        packed_layout(ROWS, BACKWARD),
-    )
+    ws = ()  # of the first and the second step of a pair
+    for _ in gl.static_range(2):
+        ws += (  # type: ignore[assignment]
+            gl.allocate_shared_memory(
+                gl.uint8,
+                [W_STAGES // 2, 64 if BACKWARD else ROWS, ROWS // 2 if BACKWARD else 32],
+                packed_layout(ROWS, BACKWARD),
+            ),
+        )
     line = gl.arange(0, 64 if BACKWARD else ROWS, gl.SliceLayout(1, copying))[:, None]
     byte = gl.arange(0, ROWS // 2 if BACKWARD else 32, gl.SliceLayout(0, copying))[None, :]
     LINES: gl.constexpr = 64 if BACKWARD else 0  # rows of W from step to step
@@ -174,7 +181,7 @@ def _matmul_wgmma_kernel(
     step_bytes = blocks.to(gl.int64) * 2048 if BACKWARD else 32
     for s in gl.static_range(W_AHEAD):
         wanted = (line + s * LINES < N) & (byte < row_bytes) & (s < steps)
-        copy_step(ws.index(s), packed_ptr + copied + s * step_bytes, wanted)
+        copy_step(ws[s % 2].index(s // 2), packed_ptr + copied + s * step_bytes, wanted)
 
     # Scales of STAGES steps at a time, [rows of n, blocks of k], are loaded, looked up and stored in three stages.
     scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
@@ -205,6 +212,8 @@ def _matmul_wgmma_kernel(
     n += n_turn
     block += block_turn
     index, stored = load_scales(absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK)
+    if PAIRS == 2:
+        code = look_up(absmax_code_ptr, index, NESTED)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -216,7 +225,7 @@ def _matmul_wgmma_kernel(
         inner = inner_memory(xs[STAGES - 1], RANK)
         store_inner(inner_ptr, inner, column0, first, M, INNER_PARTS, WARPS)
     # Each group decodes what both have copied, and the first one begins before the second has waited for its copies.
-    async_copy.wait_group(W_AHEAD - 1)
+    async_copy.wait_group(W_AHEAD - 2)
     block_barrier()
     if RANK:
         acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
@@ -224,42 +233,58 @@ def _matmul_wgmma_kernel(
     if TAKE_TURNS:
         half_a_turn(1)
     for turn in range(turns):
-        for s in gl.static_range(STAGES):
-            step = turn * STAGES + s
-            # Copies up to the next step's have landed: the other group, half a turn behind or ahead, made some of them.
-            async_copy.wait_group(W_AHEAD - 2)
+        for pair in gl.static_range(PAIRS):
+            step = turn * STAGES + 2 * pair
+            # Copies up to the next pair's have landed: the other group, half a turn behind or ahead, made some of them.
+            async_copy.wait_group(2)
             block_barrier()
+            acc, held = warpgroup_mma_wait(0, deps=[acc, held])
+            # Both groups have done with all products but the last pair's, so the stage of the second of the pair before
+            # is free; that of the first was a turn earlier.
+            load_tile(
+                x_desc,
+                [column0, (first + step + STAGES - 3) * 64],
+                arrived[(2 * pair + STAGES - 3) % STAGES],
+                xs[(2 * pair + STAGES - 3) % STAGES],
+                pred=step + STAGES - 4 < turns * STAGES,
+            )
+            weights = ()
+            for s in gl.static_range(2):
+                packed = ws[s].index(step // 2 % (W_STAGES // 2))
+                if BACKWARD:
+                    scale = scales.index(turn % 2).slice((2 * pair + s) * 64, 64, 0)
+                    weights += (decode_columns(packed, scale, table, reading, operand, DTYPE),)
+                else:
+                    scale = scales.index(turn % 2).slice(2 * pair + s, 1, 1)
+                    weights += (decode_rows(packed, scale, table, reading, operand, DTYPE),)
+            # Before the next barrier: Gluon would put another one between this and asking for x.
             asked = step + STAGES - 2 < turns * STAGES
-            mbarrier.expect(arrived[(s + STAGES - 2) % STAGES], COLUMNS * 128, pred=asked)
-            packed = ws.index(step % W_STAGES)
-            if BACKWARD:
-                scale = scales.index(turn % 2).slice(s * 64, 64, 0)
-                weights = decode_columns(packed, scale, table, reading, operand, DTYPE)
-            else:
-                scale = scales.index(turn % 2).slice(s, 1, 1)
-                weights = decode_rows(packed, scale, table, reading, operand, DTYPE)
+            for s in gl.static_range(2):
+                mbarrier.expect(arrived[(2 * pair + STAGES - 2 + s) % STAGES], COLUMNS * 128, pred=asked)
+            # The loop in this keeps ptxas from decoding behind the barrier, where it would hold up the other group.
+            mbarrier.wait(arrived[2 * pair], turn & 1)
             block_barrier()
-            # Both groups have done with the product of two steps ago, so its stage is free.
+            acc = warpgroup_mma(weights[0], xs[2 * pair].permute((1, 0)), acc, is_async=True)
+            mbarrier.wait(arrived[2 * pair + 1], turn & 1)
+            acc = warpgroup_mma(weights[1], xs[2 * pair + 1].permute((1, 0)), acc, is_async=True)
             load_tile(
                 x_desc,
                 [column0, (first + step + STAGES - 2) * 64],
-                arrived[(s + STAGES - 2) % STAGES],
-                xs[(s + STAGES - 2) % STAGES],
+                arrived[(2 * pair + STAGES - 2) % STAGES],
+                xs[(2 * pair + STAGES - 2) % STAGES],
                 pred=asked,
             )
-            later = step + W_AHEAD
-            wanted = (line + later * LINES < N) & (byte < row_bytes) & (later < steps)
-            copy_step(ws.index(later % W_STAGES), packed_ptr + copied + later * step_bytes, wanted)
-            mbarrier.wait(arrived[s], turn & 1)
-            acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
-            # The operand in flight stays in its registers until its product is done.
-            acc, held = warpgroup_mma_wait(1, deps=[acc, held])
+            for s in gl.static_range(2):
+                later = step + W_AHEAD + s
+                wanted = (line + later * LINES < N) & (byte < row_bytes) & (later < steps)
+                copy_step(ws[s].index(later // 2 % (W_STAGES // 2)), packed_ptr + copied + later * step_bytes, wanted)
+            # An operand in flight stays in its registers until its product is done.
+            acc, _first, held = warpgroup_mma_wait(1, deps=[acc, weights[0], weights[1]])
             acc = warpgroup_mma_init(acc)
-            held = weights
-            if s == STAGES // 2 - 1:
+            if pair == (2 * PAIRS - 3) % PAIRS:
                 code = look_up(absmax_code_ptr, index, NESTED)
-            if s == STAGES - 2:
-                # One step before the end, so that it is there for the group that is ahead.
+            if pair == PAIRS - 2:
+                # A pair before the end, so that it is there for the group that is ahead.
                 store_scales(scales.index((turn + 1) % 2), code, stored, offset, NESTED)
                 n += n_turn
                 block += block_turn
