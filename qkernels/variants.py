@@ -308,7 +308,7 @@ def wgmma_variant(
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 2, 0 if split else 32)
-    pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32"}
     adapter = {"w_ptr": "*fp32", "inner_ptr": "*fp32"}
@@ -321,6 +321,6 @@ def wgmma_variant(
         f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}",
         _matmul_wgmma_kernel,
         {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
-        wgmma_constants(config, 64, nested, has_bias, split, backward, (8 if rank else 0, rank)) | absent,
+        wgmma_constants(config, 64, "nf4", nested, has_bias, split, backward, (8 if rank else 0, rank)) | absent,
         config,
     )

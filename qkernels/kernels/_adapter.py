@@ -51,7 +51,7 @@ def add_adapter(acc, w_ptr, shared, row0, R, r, BACKWARD: gl.constexpr, operand:
     PIECES: gl.constexpr = shared.shape[0]
     row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, operand))
     if BACKWARD:  # the order of rows that `decode_columns` leaves
-        row = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+        row = row // 32 * 32 + row % 8 * 4 + row // 16 % 2 * 2 + row // 8 % 2
     row = (row0 + row)[:, None]
     for piece in range(PIECES):
         j = 16 * piece + gl.arange(0, 16, gl.SliceLayout(0, operand))[None, :]

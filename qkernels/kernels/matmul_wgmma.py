@@ -28,35 +28,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..format import NESTED_BLOCKSIZE, byte_table
+from ..format import NESTED_BLOCKSIZE
 from ..tuning import LaunchConfig
 from ..tuning.wgmma import WgmmaConfig
 from ._adapter import add_adapter, inner_memory, store_inner
 from ._launch import Launcher
 from ._wgmma import (
     TAKE_TURNS,
+    W_STAGES,
     block_barrier,
+    code_unit,
     copy_bytes,
-    copying_layout,
     decode_columns,
     decode_rows,
-    fill_table,
+    decoding,
     half_a_turn,
     in_order_of_k,
+    lanes_layout,
     load_scales,
     load_tile,
     look_up,
-    packed_layout,
-    reading_layout,
+    packed_memory,
     scaling_layout,
     storing_layout,
     sum_parts_kernel,
 )
 
-W_STAGES = gl.constexpr(8)
-W_AHEAD = gl.constexpr(
-    5
-)  # steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache
+W_AHEAD = gl.constexpr(7)  # steps between asking for W and decoding it: its copies come from DRAM
 
 
 @gluon.jit
@@ -88,7 +86,6 @@ def _matmul_wgmma_kernel(
     absmax_8bit_ptr,
     absmax_code_ptr,
     absmax_offset_ptr,
-    table_ptr,
     bias_ptr,
     out_ptr,
     parts_ptr,
@@ -106,6 +103,7 @@ def _matmul_wgmma_kernel(
     NESTED: gl.constexpr,
     NESTED_BLOCK: gl.constexpr,
     QUANT_BLOCK: gl.constexpr,
+    QUANT_TYPE: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -151,38 +149,48 @@ def _matmul_wgmma_kernel(
         mbarrier.expect(arrived[s], COLUMNS * 128)
         load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
 
-    copying: gl.constexpr = copying_layout(ROWS, BACKWARD)
-    ws = gl.allocate_shared_memory(
-        gl.uint8,
-        [W_STAGES, 64 if BACKWARD else ROWS, ROWS // 2 if BACKWARD else 32],
-        packed_layout(ROWS, BACKWARD),
-    )
-    line = gl.arange(0, 64 if BACKWARD else ROWS, gl.SliceLayout(1, copying))[:, None]
-    byte = gl.arange(0, ROWS // 2 if BACKWARD else 32, gl.SliceLayout(0, copying))[None, :]
-    LINES: gl.constexpr = 64 if BACKWARD else 0  # rows of W from step to step
-    if BACKWARD:
-        line += first * 64
-        byte += row0 // 2
-    else:
-        line += row0
-        byte += first * 32
+    # A thread's place in W's bytes of a step: what it copies, and where its warp reads.
+    lanes: gl.constexpr = lanes_layout(ROWS)
+    group = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, lanes))))[:, None, None, None]
+    warp = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, lanes))))[None, :, None, None]
+    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, lanes))))[None, None, :, None]
+    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, lanes))))[None, None, None, :]
+    lane = g * 4 + t
     row_bytes = blocks * 32
-    copied = line.to(gl.int64) * row_bytes + byte
-    step_bytes = blocks.to(gl.int64) * 2048 if BACKWARD else 32
+    ws = packed_memory()
+    if BACKWARD:
+        line = warp * 16 + lane // 2  # of 64 rows n, in which a group has 32 bytes
+        chunk = group * 2 + lane % 2
+        target = ws + line * (32 * GROUPS) + (chunk ^ (line // 2 & 3)) * 16
+        copied = packed_ptr + (first * 64 + line).to(gl.int64) * row_bytes + (row0 // 2 + chunk * 16)
+        copies = row0 // 2 + chunk * 16 < row_bytes
+        line += first * 64
+        read = ws + lane * (32 * GROUPS) + ((group * 2 + warp // 2) ^ (lane // 2 & 3)) * 16
+        chosen = gl.where(warp % 2 == 1, 0x7531, 0x6420) + gl.zeros_like(read)
+    else:
+        line = group * 64 + warp * 16 + lane // 2
+        chunk = lane % 2
+        target = ws + line * 32 + (chunk ^ (line // 4 & 1)) * 16
+        copied = packed_ptr + (row0 + line).to(gl.int64) * row_bytes + (first * 32 + chunk * 16)
+        copies = row0 + line < N
+        read = ws + (group * 64 + warp * 16 + g) * 32 + (g // 4) * 16
+        chosen = 0x40 + 0x11 * t + gl.zeros_like(read)
+        read = read + gl.zeros_like(chosen)
+    step_bytes = row_bytes.to(gl.int64) * 64 if BACKWARD else 32
+    LINES: gl.constexpr = 64 if BACKWARD else 0  # rows of W from step to step
+    W_BYTES: gl.constexpr = 32 * ROWS
     for s in gl.static_range(W_AHEAD):
-        copy_bytes(
-            ws.index(s),
-            packed_ptr + copied + s * step_bytes,
-            mask=(line + s * LINES < N) & (byte < row_bytes) & (s < steps),
-        )
-        async_copy.commit_group()
+        wanted = copies & (s < steps)
+        if BACKWARD:
+            wanted = wanted & (line + s * LINES < N)
+        copy_bytes(target + s * W_BYTES, copied + s * step_bytes, wanted)
 
     # Scales of STAGES steps at a time, [rows of n, blocks of k], are loaded, looked up and stored in three stages.
     scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
     scales = gl.allocate_shared_memory(
         gl.float32,
         [2, STAGES * 64 if BACKWARD else ROWS, GROUPS if BACKWARD else STAGES],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 0] if BACKWARD else [0, 1]),
+        gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
     )
     n = gl.arange(0, STAGES * 64 if BACKWARD else ROWS, gl.SliceLayout(1, scaling))[:, None]
     block = gl.arange(0, GROUPS if BACKWARD else STAGES, gl.SliceLayout(0, scaling))[None, :]
@@ -207,9 +215,10 @@ def _matmul_wgmma_kernel(
         NESTED,
         NESTED_BLOCK,
     )
-    table = fill_table(table_ptr, WARPS)
     code = look_up(absmax_code_ptr, index, NESTED)
-    scales.index(0).store(code * stored + offset if NESTED else stored)
+    asm: gl.constexpr = decoding(QUANT_TYPE, DTYPE, BACKWARD)
+    unit_of_code: gl.constexpr = code_unit(QUANT_TYPE)
+    scales.index(0).store((code * stored + offset if NESTED else stored) * unit_of_code)
     n += n_turn
     block += block_turn
     index, stored = load_scales(
@@ -223,7 +232,6 @@ def _matmul_wgmma_kernel(
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    reading: gl.constexpr = reading_layout(ROWS, BACKWARD)
     acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
     held = gl.zeros((ROWS, 64), DTYPE, operand)
     if RANK:
@@ -239,25 +247,28 @@ def _matmul_wgmma_kernel(
     for turn in range(turns):
         for s in gl.static_range(STAGES):
             step = turn * STAGES + s
-            # Copies up to the next step's have landed: the other group, half a turn behind or ahead, made some of them.
-            async_copy.wait_group(W_AHEAD - 2)
+            # W of this step has landed, of which a group's threads copy what they read.
+            async_copy.wait_group(W_AHEAD - 1)
             block_barrier()
+            later = step + W_AHEAD
+            wanted = copies & (later < steps)
+            if BACKWARD:
+                wanted = wanted & (line + later * LINES < N)
+            # Before the barrier: Gluon would put another one between this and asking for x.
             asked = step + STAGES - 2 < turns * STAGES
             mbarrier.expect(arrived[(s + STAGES - 2) % STAGES], COLUMNS * 128, pred=asked)
+            copy_bytes(target + later % W_STAGES * W_BYTES, copied + later * step_bytes, wanted)
+            at = read + step % W_STAGES * W_BYTES
             if BACKWARD:
                 weights = decode_columns(
-                    ws.index(step % W_STAGES),
-                    scales.index(turn % 2).slice(s * 64, 64, 0),
-                    table,
-                    reading,
-                    operand,
-                    DTYPE,
+                    at, chosen, scales.index(turn % 2).slice(s * 64, 64, 0), asm, lanes, operand, DTYPE
                 )
             else:
-                weights = decode_rows(
-                    ws.index(step % W_STAGES), scales.index(turn % 2).slice(s, 1, 1), table, reading, operand, DTYPE
-                )
+                weights = decode_rows(at, chosen, scales.index(turn % 2).slice(s, 1, 1), asm, lanes, operand, DTYPE)
+            # Before the barrier: the loop in it keeps ptxas from decoding behind it.
+            mbarrier.wait(arrived[s], turn & 1)
             block_barrier()
+            acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
             # Both groups have done with the product of two steps ago, so its stage is free.
             load_tile(
                 x_desc,
@@ -266,15 +277,6 @@ def _matmul_wgmma_kernel(
                 xs[(s + STAGES - 2) % STAGES],
                 pred=asked,
             )
-            later = step + W_AHEAD
-            copy_bytes(
-                ws.index(later % W_STAGES),
-                packed_ptr + copied + later * step_bytes,
-                mask=(line + later * LINES < N) & (byte < row_bytes) & (later < steps),
-            )
-            async_copy.commit_group()
-            mbarrier.wait(arrived[s], turn & 1)
-            acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
             # The operand in flight stays in its registers until its product is done.
             acc, held = warpgroup_mma_wait(1, deps=[acc, held])
             acc = warpgroup_mma_init(acc)
@@ -283,7 +285,7 @@ def _matmul_wgmma_kernel(
                 code = look_up(absmax_code_ptr, index, NESTED)
             if s == STAGES - 2:
                 # One step before the end, so that it is there for the group that is ahead.
-                scales.index((turn + 1) % 2).store(code * stored + offset if NESTED else stored)
+                scales.index((turn + 1) % 2).store((code * stored + offset if NESTED else stored) * unit_of_code)
                 n += n_turn
                 block += block_turn
                 index, stored = load_scales(
@@ -316,6 +318,7 @@ _SUM_COLUMNS = 16
 def wgmma_constants(
     config: WgmmaConfig,
     blocksize: int,
+    quant_type: str,
     nested: bool,
     has_bias: bool,
     split: bool,
@@ -329,6 +332,7 @@ def wgmma_constants(
         "NESTED": nested,
         "NESTED_BLOCK": NESTED_BLOCKSIZE,
         "QUANT_BLOCK": blocksize,
+        "QUANT_TYPE": quant_type,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "STAGES": config.stages,
@@ -400,7 +404,6 @@ def matmul_wgmma_triton(
             absmax_8bit,
             absmax_code,
             absmax_offset,
-            byte_table(quant_type, x.device),
             bias,
             out,
             parts,
@@ -408,7 +411,11 @@ def matmul_wgmma_triton(
             inner,
         ),
         (M, N, K, config.whole_tiles, config.parts, config.part_steps, r),
-        tuple(wgmma_constants(config, blocksize, nested, has_bias, parts is not None, backward, inner_shape).values()),
+        tuple(
+            wgmma_constants(
+                config, blocksize, quant_type, nested, has_bias, parts is not None, backward, inner_shape
+            ).values()
+        ),
         config,
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),
     )
