@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 import qkernels
 from qkernels import aot
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
-from qkernels.kernels._wgmma import TAKE_TURNS
 from qkernels.tuning.wgmma import expected_us, tiling, wgmma_config, wgmma_limit
 from qkernels.variants import wgmma_variant
 
@@ -19,28 +19,27 @@ SHAPES = [(1, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (1100
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_every_step_of_every_tile_is_computed_once(N, K, backward):
+def test_every_program_has_turns_and_split_tiles_are_known(N, K, backward):
     R, C = (K, N) if backward else (N, K)
-    steps = -(-C // 64)
     for M in (1, 33, 64, 65, 200, 256, 300, 512, 4096):
         config = wgmma_config(M, N, K, backward)
         assert config == wgmma_config(M, N, K, backward)
-        tiles = -(-M // config.columns) * -(-R // config.rows)
-        assert 0 <= config.whole_tiles <= tiles
         assert config.num_warps == config.rows // 16
-        if config.whole_tiles == tiles:
-            assert config.parts == 1
-        else:
-            assert config.part_steps % config.stages == 0
-            assert (config.parts - 1) * config.part_steps < steps <= config.parts * config.part_steps
+        assert config.stages % config.decoded == 0
+        tile_turns = -(-C // (64 * config.stages))
+        turns = -(-M // config.columns) * -(-R // config.rows) * tile_turns
+        begins = [program * turns // config.programs for program in range(config.programs + 1)]
+        assert all(end > begin for begin, end in itertools.pairwise(begins))
+        assert config.split == any(begin % tile_turns for begin in begins)
 
 
-def test_tiles_that_fill_no_wave_are_split():
-    # 192 tiles on 132 multiprocessors: a first wave of whole tiles, then halves of the other 60.
-    assert wgmma_config(512, 12288, 4096, False) == tiling(512, 12288, 4096, 256, 2, 132)
-    assert wgmma_config(64, 4096, 4096, False).parts == 4
-    assert wgmma_config(128, 12288, 4096, False).parts == 1
-    whole, split = (tiling(512, 12288, 4096, 256, parts, 132) for parts in (1, 2))
+def test_all_multiprocessors_have_as_much_to_do():
+    # 96 tiles, and 192, on 132 multiprocessors.
+    for M in (256, 512):
+        config = wgmma_config(M, 12288, 4096, False)
+        assert (config.columns, config.programs, config.split) == (256, 132, True)
+    whole, split = (tiling(512, 12288, 4096, 256, programs) for programs in (96, 132))
+    assert not whole.split
     assert expected_us(split, 512, 12288, 4096) < expected_us(whole, 512, 12288, 4096)
 
 
@@ -76,25 +75,17 @@ def test_what_it_refuses(options, reason):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_code_is_what_the_turns_need(backward):
+def test_those_that_multiply_do_nothing_else(backward):
     ptx = aot.compile_variant(wgmma_variant(256, "fp16", True, backward), "sm_90").asm["ptx"]
-    loop = ptx[ptx.index("wgmma.fence") : ptx.rindex("wgmma.commit_group")]
-    # Four steps of four products, and two barriers a step, of which the first stands before this piece.
-    assert loop.count("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16") == 16
-    # Later versions of Triton add barriers, and no turns are taken.
-    assert not TAKE_TURNS.value or loop.count("bar.sync") == 6
-    # Nothing waits for copies other than by their own groups and barriers.
-    assert "fence.proxy.async" not in loop
-    assert "membar" not in loop
-
-
-def test_its_table_is_beside_enough_of_other_shared_memory():
-    # The driver grants more than 48 KiB in all only if the dynamic part, which the launch raises, exceeds that alone.
-    for columns in (64, 128, 256):
-        resources = aot.inspect(wgmma_variant(columns, "fp16", False, False), "sm_90")
-        assert resources.shared_bytes - 32768 > 48 * 1024
-        assert not resources.faults()
-        assert not resources.serialized
+    assert ptx.count("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16") == 4
+    # From the barriers of a step, which say that its operands are there, to its products.
+    fence = ptx.index("wgmma.fence")
+    step = ptx[ptx.rindex("mbarrier.try_wait", 0, fence) : ptx.index("wgmma.commit_group", fence)]
+    for instruction in ("ld.global", "ld.shared", "st.shared", "prmt", "bar.sync"):
+        assert instruction not in step
+    # This fence waits for a warp's loads: those that decode, which have some on the way, are spared it.
+    assert ptx.count("fence.proxy.async") == 2
+    assert "fence.proxy.async" in step
 
 
 def test_serialized_products_are_a_fault():

@@ -10,33 +10,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))
-# Its name in Triton 3.6 and in 3.9.
-_UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+INNER_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))  # of u in shared memory, [RANK / 16, COLUMNS, 16]
 
 
 @gluon.jit
-def inner_memory(stage, RANK: gl.constexpr):
-    """Shared memory for u, [RANK / 16, COLUMNS, 16], in that of a tile of x."""
-    shape: gl.constexpr = [RANK // 16, stage.shape[0], 16]
-    if _UNDERSCORED:
-        memory = stage._reinterpret(stage.dtype, shape, _LAYOUT)
-    else:
-        memory = stage.reinterpret(stage.dtype, shape, _LAYOUT)
-    return memory
-
-
-@gluon.jit
-def store_inner(inner_ptr, shared, column0, first, M, PARTS: gl.constexpr, WARPS: gl.constexpr):
-    """u of a tile's columns to shared memory, its parts added in order; zeros for all parts of a tile but the first.
-
-    A barrier must follow.
-    """
+def store_inner(inner_ptr, shared, column0, M, PARTS: gl.constexpr, WARPS: gl.constexpr):
+    """u of a tile's columns to shared memory, its parts added in order.  A barrier must follow."""
     PIECES: gl.constexpr = shared.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     m = column0 + gl.arange(0, shared.shape[1], gl.SliceLayout(1, layout))[:, None]
     at = inner_ptr + m.to(gl.int64) * (16 * PIECES) + gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
-    mask = (m < M) & (first == 0)
+    mask = m < M
     for piece in range(PIECES):
         total = gl.load(at + 16 * piece, mask=mask, other=0.0).to(gl.float32)
         for part in gl.static_range(1, PARTS):

@@ -7,18 +7,19 @@ b * 128 + l % 16 * 8 bytes, so the lanes of half a warp, which a load of 8 bytes
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from ..format import NESTED_BLOCKSIZE
 
 # Triton 3.6 puts no barrier between those of the kernel.  3.9 does, which makes three or four of the two a step, and
 # then warp groups that take turns would wait for each other: there they go together.
 TAKE_TURNS = gl.constexpr(hasattr(gl, "thread_barrier"))
 # Gluon's names in Triton 3.6 and in 3.9.
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 # Codes of 4 bits as 16-bit integers: code = CODE / A.  Found by search over A: of all, these err least on normal weights.
@@ -32,7 +33,7 @@ CODES16 = {
         (0, 100, 12800, 19200, 6400, 9600, 3200, 4800, 0, -100, -12800, -19200, -6400, -9600, -3200, -4800),
     ),
 }
-W_STAGES = gl.constexpr(8)
+_NESTED_BLOCK = gl.constexpr(NESTED_BLOCKSIZE)
 _W_ADDRESS = gl.constexpr("{ .shared .align 128 .b8 qk_packed[32768]; mov.u32 $0, qk_packed; }")
 _COPY = gl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;")
 _READ_ROWS = gl.constexpr(
@@ -138,9 +139,17 @@ def scaling_layout(rows, stages, backward):
 
 
 @gluon.constexpr_function
-def storing_layout(rows):
-    """A tile of the transposed output, eight neighbours in memory a thread."""
-    return gl.BlockedLayout([8, 1], [8, 4] if rows == 64 else [16, 2], [1, rows // 16], [0, 1])
+def storing_layout(rows, columns, backward):
+    """A tile of the output [columns, rows], eight neighbours in memory a thread: backward before `in_order_of_k`."""
+    order = [0, 1, 2, 3, 4, 5, 6]
+    if backward:  # the bits of a row in which the bits of k lie
+        order = [3, 4, 0, 1, 2, 5, 6]
+    bits = [[0, 1 << bit] for bit in order[: rows.bit_length() - 1]]
+    columns_bits = [[1 << bit, 0] for bit in range(columns.bit_length() - 1)]
+    warps = (rows // 16).bit_length() - 1
+    lanes = bits[3:] + columns_bits[: 5 - len(bits[3:])]
+    rest = columns_bits[5 - len(bits[3:]) :]
+    return gl.DistributedLinearLayout(bits[:3] + rest[warps:], lanes, rest[:warps], [], [columns, rows])
 
 
 @gluon.jit
@@ -156,35 +165,119 @@ def packed_memory():
 
 
 @gluon.jit
-def copy_bytes(target, source, wanted):
-    """Begin to copy 16 bytes a thread to shared memory, zeros where not wanted."""
-    size = gl.where(wanted, 16, 0)
-    gl.inline_asm_elementwise(
-        _COPY, "=r,r,l,r", [target, source.to(gl.int64), size], dtype=gl.int32, is_pure=False, pack=1
-    )
+def places(memory, BACKWARD: gl.constexpr, ROWS: gl.constexpr, lanes: gl.constexpr):
+    """A thread's place in W's bytes of a step.
+
+    Returns:
+        (its line of n and 16 bytes of it that it copies, the address for these, the address at which it reads, which
+        bytes of what it reads).
+    """
+    GROUPS: gl.constexpr = ROWS // 64
+    group = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, lanes))))[:, None, None, None]
+    warp = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, lanes))))[None, :, None, None]
+    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, lanes))))[None, None, :, None]
+    t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, lanes))))[None, None, None, :]
+    lane = g * 4 + t
+    none = group * 0 + warp * 0 + lane * 0
+    if BACKWARD:
+        line = none + warp * 16 + lane // 2  # of 64 rows n, in which a group has 32 bytes
+        chunk = none + group * 2 + lane % 2
+        target = memory + line * (32 * GROUPS) + (chunk ^ (line // 2 & 3)) * 16
+        read = memory + lane * (32 * GROUPS) + ((group * 2 + warp // 2) ^ (lane // 2 & 3)) * 16
+        chosen = none + gl.where(warp % 2 == 1, 0x7531, 0x6420)
+    else:
+        line = none + group * 64 + warp * 16 + lane // 2
+        chunk = none + lane % 2
+        target = memory + line * 32 + (chunk ^ (line // 4 & 1)) * 16
+        read = none + memory + (group * 64 + warp * 16 + g) * 32 + g // 4 * 16
+        chosen = none + 0x40 + 0x11 * t
+    return line, chunk, target, read, chosen
+
+
+@gluon.jit
+def copy_step(target, packed_ptr, line, chunk, row0, step, wanted, N, blocks, BACKWARD: gl.constexpr):
+    """Begin to copy W of one step, 16 bytes a thread, to shared memory; zeros beyond the edges of W."""
+    if BACKWARD:
+        n = step * 64 + line
+        byte = row0 // 2 + chunk * 16
+    else:
+        n = row0 + line
+        byte = step * 32 + chunk * 16
+    size = gl.where((n < N) & (byte < blocks * 32) & wanted, 16, 0)
+    source = packed_ptr + (n.to(gl.int64) * (blocks * 32) + byte)
+    gl.inline_asm_elementwise(_COPY, "=r,r,l,r", [target, source.to(gl.int64), size], gl.int32, is_pure=False, pack=1)
     async_copy.commit_group()
 
 
 @gluon.jit
-def load_scales(absmax_ptr, absmax_8bit_ptr, offs, mask, NESTED: gl.constexpr, NESTED_BLOCK: gl.constexpr):
-    """What is stored of the scales: (8-bit index, its float32 scale), or (nothing, float32 scale)."""
-    if NESTED:
-        index = gl.load(absmax_8bit_ptr + offs, mask=mask, other=0)
-        scale = gl.load(absmax_ptr + offs // NESTED_BLOCK, mask=mask, other=0.0)
+def share(M, N, K, BACKWARD: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """Turns of all tiles, of a tile, and columns of tiles.  Turns of STAGES steps are counted tile by tile."""
+    R = K if BACKWARD else N
+    steps = (N + 63) // 64 if BACKWARD else K // 64
+    tile_turns = (steps + STAGES - 1) // STAGES
+    across = (M + COLUMNS - 1) // COLUMNS
+    return (R + ROWS - 1) // ROWS * across * tile_turns, tile_turns, across
+
+
+@gluon.jit
+def first_turn(program, all_turns):
+    """Where a program begins; it ends where the next one begins."""
+    return program * all_turns // gl.num_programs(0)
+
+
+@gluon.jit
+def place(turn, tile_turns, across, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """First row and column of a turn's tile of the transposed output, and the turn's first step."""
+    tile = turn // tile_turns
+    return tile // across * ROWS, tile % across * COLUMNS, turn % tile_turns * STAGES
+
+
+@gluon.jit
+def load_scales(
+    absmax_ptr,
+    absmax_8bit_ptr,
+    row0,
+    step,
+    wanted,
+    N,
+    blocks,
+    BACKWARD: gl.constexpr,
+    NESTED: gl.constexpr,
+    PER_SCALE: gl.constexpr,
+    shape: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """A turn's scales as stored: (8-bit index, its float32 scale), or (nothing, scale)."""
+    n = gl.arange(0, shape[0], gl.SliceLayout(1, layout))[:, None]
+    block = gl.arange(0, shape[1], gl.SliceLayout(0, layout))[None, :]
+    if BACKWARD:
+        n += step * 64
+        block += row0 // 64
     else:
-        index = gl.zeros_like(offs).to(gl.uint8)
-        scale = gl.load(absmax_ptr + offs, mask=mask, other=0.0)
-    return index, scale
+        n += row0
+        block += step
+    at = (n * blocks + block) // PER_SCALE
+    mask = (n < N) & (block < blocks) & wanted
+    if NESTED:
+        index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0)
+        stored = gl.load(absmax_ptr + at // _NESTED_BLOCK, mask=mask, other=0.0)
+    else:
+        index = gl.zeros_like(at).to(gl.uint8)
+        stored = gl.load(absmax_ptr + at, mask=mask, other=0.0)
+    return index, stored
 
 
 @gluon.jit
 def look_up(absmax_code_ptr, index, NESTED: gl.constexpr):
     """The entry of the 8-bit map, float32."""
-    if NESTED:
-        code = gl.load(absmax_code_ptr + index.to(gl.int32))
-    else:
-        code = gl.zeros_like(index).to(gl.float32)
-    return code
+    return gl.load(absmax_code_ptr + index.to(gl.int32)) if NESTED else gl.zeros_like(index).to(gl.float32)
+
+
+@gluon.jit
+def store_scales(target, code, stored, offset, NESTED: gl.constexpr, QUANT_TYPE: gl.constexpr):
+    """Scales to shared memory, in units of the codes as integers."""
+    unit: gl.constexpr = code_unit(QUANT_TYPE)
+    target.store((code * stored + offset if NESTED else stored) * unit)
 
 
 @gluon.jit
@@ -271,38 +364,76 @@ def decode_columns(address, chosen, scales, asm: gl.constexpr, lanes: gl.constex
 
 
 @gluon.jit
-def in_order_of_k(acc):
-    """Rows as `decode_columns` leaves them to rows in the order of k."""
+def part_offsets(ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Where float32[ROWS, COLUMNS] is kept between programs: a warp's stores from its accumulator are contiguous."""
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    c = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    return ((c // 8 * 2 + r // 8 % 2) * (ROWS // 16) + r // 16) * 64 + r % 8 * 8 + c % 8
+
+
+@gluon.jit
+def give_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
+    """Leave a program's part of a tile to the one that has the tile's beginning."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    at = parts_ptr + program.to(gl.int64) * SIZE
+    gl.store(at + part_offsets(acc.shape[0], acc.shape[1], layout), acc)
+    block_barrier()
+    gl.atomic_xchg(flags_ptr + program, 1, sem="release")
+
+
+@gluon.jit
+def take_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
+    """Wait for another program's part, and add it."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    while gl.atomic_add(flags_ptr + program, 0, sem="acquire") == 0:
+        pass
+    block_barrier()
+    at = parts_ptr + program.to(gl.int64) * SIZE
+    return acc + gl.load(at + part_offsets(acc.shape[0], acc.shape[1], layout), cache_modifier=".cg")
+
+
+@gluon.jit
+def store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl.constexpr, BACKWARD: gl.constexpr):
+    """Write a tile of the transposed output to out[M, R], with the bias, through two free tiles of x in shared memory."""
     ROWS: gl.constexpr = acc.shape[0]
-    return acc.reshape([ROWS // 32, 2, 2, 8, acc.shape[1]]).permute((0, 3, 1, 2, 4)).reshape([ROWS, acc.shape[1]])
-
-
-@triton.jit
-def sum_parts_kernel(
-    parts_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    R,
-    first_tile,
-    columns_of_tiles,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PIECE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Add the parts of split tiles in order, and the bias, to out[M, R]; a program takes PIECE columns of a tile."""
-    tile = tl.program_id(0)
-    rows = tl.arange(0, ROWS)
-    columns = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    at = parts_ptr + tile.to(tl.int64) * (PARTS * ROWS * COLUMNS) + columns[:, None] * ROWS + rows[None, :]
-    total = tl.load(at)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(at + part * ROWS * COLUMNS)
-    r = (first_tile + tile) // columns_of_tiles * ROWS + rows
-    m = (first_tile + tile) % columns_of_tiles * COLUMNS + columns
+    HALF: gl.constexpr = acc.shape[1] // 2
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     if HAS_BIAS:
-        total += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + m.to(tl.int64)[:, None] * R + r[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+        r = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
+        acc += gl.load(bias_ptr + r, mask=r < R, other=0.0).to(gl.float32)[:, None]
+    halves = acc.to(DTYPE).reshape([ROWS, 2, HALF]).permute((0, 2, 1)).split()
+    for half in gl.static_range(2):
+        same_bytes(memory[half], DTYPE, [HALF, ROWS]).permute((1, 0)).store(halves[half])
+    block_barrier()
+    for half in gl.static_range(2):
+        value = same_bytes(memory[half], DTYPE, [HALF, ROWS]).load(storing_layout(ROWS, HALF, BACKWARD))
+        _store_half(in_order_of_k(value) if BACKWARD else value, out_ptr, row0, column0 + half * HALF, M, R)
+    # What comes there next comes by TMA.
+    fence_async_shared()
+
+
+@gluon.jit
+def _store_half(value, out_ptr, row0, column0, M, R):
+    layout: gl.constexpr = value.type.layout
+    r = row0 + gl.arange(0, value.shape[1], gl.SliceLayout(0, layout))[None, :]
+    m = column0 + gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))[:, None]
+    gl.store(out_ptr + m.to(gl.int64) * R + r, value, mask=(r < R) & (m < M))
+
+
+@gluon.jit
+def in_order_of_k(value):
+    """Columns in the order of `decode_columns`' rows to the order of k."""
+    COLUMNS: gl.constexpr = value.shape[1]
+    value = value.reshape([value.shape[0], COLUMNS // 32, 2, 2, 8]).permute((0, 1, 4, 2, 3))
+    return value.reshape([value.shape[0], COLUMNS])
+
+
+@gluon.jit
+def same_bytes(memory, dtype: gl.constexpr, shape: gl.constexpr):
+    """Shared memory under another type and shape."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    if _UNDERSCORED:
+        result = memory._reinterpret(dtype, shape, layout)
+    else:
+        result = memory.reinterpret(dtype, shape, layout)
+    return result

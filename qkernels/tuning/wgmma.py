@@ -10,31 +10,29 @@ from typing import NamedTuple
 
 _PROCESSORS = 132
 ROWS = 128  # two warp groups, which take turns at decoding and multiplying
-# Columns of a tile: (stages, microseconds a step of 64 of the contraction).  A wide tile decodes W for more columns.
-_TILES = {64: (8, 0.49), 128: (8, 0.58), 256: (4, 0.77)}
-# The parts of split tiles are written and read again, from the L2 cache, by a launch of its own.
-_SUM_LAUNCH_US = 3.5
-_SUM_BYTES_PER_US = 2.0e6
-_MOST_PARTS = 8
+STAGES = 4
+# Columns of a tile: microseconds a step of 64 of the contraction.
+_TILES = {64: 0.45, 128: 0.5, 256: 0.65}
+# Filling a program's pipeline and writing a tile; and giving a part to another program, which adds it.
+_TILE_US = 3.0
+_SPLIT_US = 5.0
 
 
 class WgmmaConfig(NamedTuple):
     """Attributes:
-    rows: of the transposed output a program computes, 64 for each of its warp groups.
+    rows: of the transposed output a tile has, 64 for each warp group.
     columns: of the transposed output, rows of x.
     stages: tiles of x in shared memory; the contraction goes in turns of as many steps.
-    parts: into which the contraction is split where tiles are split.
-    whole_tiles: tiles, from the first, that are not split.
-    part_steps: steps of 64 that a part takes, a multiple of `stages`; 0 where nothing is split.
+    programs: which share all turns of all tiles evenly.
+    split: whether a tile lies with several programs.
     max_registers: registers a thread may use; None leaves it to ptxas.
     """
 
     rows: int
     columns: int
     stages: int
-    parts: int
-    whole_tiles: int
-    part_steps: int
+    programs: int
+    split: bool
     max_registers: int | None = None
 
     @property
@@ -43,29 +41,26 @@ class WgmmaConfig(NamedTuple):
         return self.rows // 16
 
 
-def tiling(M: int, R: int, C: int, columns: int, parts: int, whole_tiles: int) -> WgmmaConfig:
-    """Out[M, R] with a contraction of C in tiles of so many columns, those after `whole_tiles` split in `parts`."""
-    stages = _TILES[columns][0]
-    tiles = -(-M // columns) * -(-R // ROWS)
-    if parts == 1 or whole_tiles >= tiles:
-        return WgmmaConfig(ROWS, columns, stages, 1, tiles, 0)
-    turns = -(-C // (64 * stages))
-    part_steps = -(-turns // parts) * stages
-    return WgmmaConfig(ROWS, columns, stages, -(-(turns * stages) // part_steps), whole_tiles, part_steps)
+def _turns(M: int, R: int, C: int, columns: int, stages: int) -> tuple[int, int]:
+    """Turns of all tiles, and of one."""
+    tile_turns = -(-C // (64 * stages))
+    return -(-M // columns) * -(-R // ROWS) * tile_turns, tile_turns
+
+
+def tiling(M: int, R: int, C: int, columns: int, programs: int) -> WgmmaConfig:
+    """Out[M, R] with a contraction of C in tiles of so many columns, shared by at most so many programs."""
+    turns, tile_turns = _turns(M, R, C, columns, STAGES)
+    programs = max(1, min(programs, turns))
+    split = any(program * turns // programs % tile_turns for program in range(programs))
+    return WgmmaConfig(ROWS, columns, STAGES, programs, split)
 
 
 def expected_us(config: WgmmaConfig, M: int, R: int, C: int) -> float:
-    """Time by the busiest multiprocessor's steps, and of adding what was split."""
-    tiles = -(-M // config.columns) * -(-R // config.rows)
-    split = tiles - config.whole_tiles
-    steps = -(-C // (64 * config.stages)) * config.stages
-    # Parts start as soon as whole tiles leave a multiprocessor free, so what counts is the work a multiprocessor.
-    waves = -(-config.whole_tiles // _PROCESSORS)
-    us = waves * steps * _TILES[config.columns][1]
-    if split:
-        us += -(-split * config.parts // _PROCESSORS) * config.part_steps * _TILES[config.columns][1]
-        us += _SUM_LAUNCH_US + split * config.parts * config.rows * config.columns * 8 / _SUM_BYTES_PER_US
-    return us
+    """Time by the busiest program's steps and tiles."""
+    turns, tile_turns = _turns(M, R, C, config.columns, config.stages)
+    busiest = -(-turns // config.programs)
+    us = busiest * config.stages * _TILES[config.columns]
+    return us + -(-busiest // tile_turns) * _TILE_US + config.split * _SPLIT_US
 
 
 def wgmma_candidates(M: int, N: int, K: int, backward: bool) -> list[WgmmaConfig]:
@@ -74,9 +69,9 @@ def wgmma_candidates(M: int, N: int, K: int, backward: bool) -> list[WgmmaConfig
     found = set()
     for columns in _TILES:
         tiles = -(-M // columns) * -(-R // ROWS)
-        for whole_tiles in {tiles, tiles - tiles % _PROCESSORS}:
-            for parts in range(1, _MOST_PARTS + 1):
-                found.add(tiling(M, R, C, columns, parts, whole_tiles))
+        # All multiprocessors, or as many as can have the same number of whole tiles.
+        for programs in {_PROCESSORS, -(-tiles // -(-tiles // _PROCESSORS))}:
+            found.add(tiling(M, R, C, columns, programs))
     return sorted(found, key=lambda config: (expected_us(config, M, R, C), config))
 
 

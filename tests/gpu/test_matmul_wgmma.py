@@ -75,11 +75,13 @@ def test_shapes(new_inputs, shape, nested, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [64, 128, 256])
 def test_every_tiling_whole_and_split(new_inputs, columns, dtype):
-    for M, N, K in ((200, 456, 1472), (64, 128, 64)):
+    for M, N, K in ((200, 456, 1472), (300, 1000, 4416), (64, 128, 64)):
         for x, packed, state, bias, backward in both_ways(M, N, K, dtype):
             R, C = (K, N) if backward else (N, K)
-            for parts, whole in ((1, 0), (2, 0), (3, 1), (8, 0)):
-                config = tiling(M, R, C, columns, parts, whole)
+            tiles = -(-M // columns) * -(-R // 128)
+            # A program with several tiles, one each, tiles that lie with two, with three and with many.
+            for programs in (1, 3, tiles, tiles + 1, 2 * tiles + 1, 132):
+                config = tiling(M, R, C, columns, programs)
                 y = fused(x, packed, state, bias, backward, config)
                 assert_accurate(y, x, packed, state, bias, backward)
 
