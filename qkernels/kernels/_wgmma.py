@@ -54,15 +54,18 @@ _READ_COLUMNS = gl.constexpr(
 
 
 def _decode(quant_type: str, cvt: str, backward: bool) -> str:
-    """Eight nibbles $8, scales from $9 on, to eight weights $0 to $7, in pairs of a register."""
-    codes = [code + 32768 for code in CODES16[quant_type][1]]
+    """Assembly: eight nibbles $8, their scales from $9 on, to eight weights $0 to $7, pairs of a register."""
+    codes = CODES16[quant_type][1]
     low, high = (
         [sum((code >> shift & 255) << 8 * i for i, code in enumerate(codes[q : q + 4])) for q in (0, 4, 8, 12)]
         for shift in (0, 8)
     )
+    scales = range(9, 13) if backward else range(9, 10)
     lines = [
-        ".reg .b32 s, h, a, b, c, d, p; .reg .f32 e, o;",
-        "and.b32 s, $8, 0x77777777; shr.u32 h, $8, 1; and.b32 h, h, 0x44444444; or.b32 h, h, 0x32103210;",
+        ".reg .b32 s, h, a, b, c, d, p, i, j; .reg .f32 e, o, f<4>;",
+        # The low three bits of a nibble select from each half of the table, the highest selects the half.
+        "and.b32 s, $8, 0x77777777; shr.u32 h, $8, 1; lop3.b32 h, h, 0x44444444, 0x32103210, 0xea;",
+        *(f"mul.rn.f32 f{scale - 9}, ${scale}, 0fCB400000;" for scale in scales),
     ]
     for half in (0, 1):
         if half:
@@ -71,13 +74,14 @@ def _decode(quant_type: str, cvt: str, backward: bool) -> str:
         lines.append(f"prmt.b32 c, {high[0]}, {high[1]}, s; prmt.b32 d, {high[2]}, {high[3]}, s; prmt.b32 c, c, d, h;")
         for pair, selector in enumerate(("0x7351", "0x6240") if backward else ("0x4051", "0x6273")):
             out = 4 * half + 2 * pair
-            scale = (9 + 2 * half, 10 + 2 * half) if backward else (9, 9)
+            even, odd = (2 * half, 2 * half + 1) if backward else (0, 0)
             lines.append(f"prmt.b32 p, a, c, {selector};")
-            lines.append("prmt.b32 s1, p, 0x4b000000, 0x7610; prmt.b32 s2, p, 0x4b000000, 0x7632;")
-            lines.append("mov.b32 e, s1; mov.b32 o, s2; add.rn.f32 e, e, 0fCB008000; add.rn.f32 o, o, 0fCB008000;")
-            lines.append(f"mul.rn.f32 e, e, ${scale[0]}; mul.rn.f32 o, o, ${scale[1]};")
+            # An integer added to the bits of 3 * 2^22 makes that number plus the integer, of which this subtracts it.
+            lines.append("dp2a.lo.s32.u32 i, p, 0x0001, 0x4b400000; dp2a.lo.s32.u32 j, p, 0x0100, 0x4b400000;")
+            lines.append("mov.b32 e, i; mov.b32 o, j;")
+            lines.append(f"fma.rn.f32 e, e, ${9 + even}, f{even}; fma.rn.f32 o, o, ${9 + odd}, f{odd};")
             lines.append(f"{cvt} p, o, e; mov.b32 {{${out}, ${out + 1}}}, p;")
-    return "{ .reg .b32 s1, s2; " + " ".join(lines) + " }"
+    return "{ " + " ".join(lines) + " }"
 
 
 _DECODE = gl.constexpr(
@@ -275,9 +279,11 @@ def look_up(absmax_code_ptr, index, NESTED: gl.constexpr):
 
 @gluon.jit
 def store_scales(target, code, stored, offset, NESTED: gl.constexpr, QUANT_TYPE: gl.constexpr):
-    """Scales to shared memory, in units of the codes as integers."""
+    """Scales to shared memory, for codes as integers, rounded to 22 bits: three times one is exact in float32."""
     unit: gl.constexpr = code_unit(QUANT_TYPE)
-    target.store((code * stored + offset if NESTED else stored) * unit)
+    scale = (code * stored + offset if NESTED else stored) * unit
+    bits = (scale.to(gl.int32, bitcast=True) + 2) & -4
+    target.store(bits.to(gl.float32, bitcast=True))
 
 
 @gluon.jit
