@@ -34,26 +34,29 @@ from ._launch import Launcher
 from ._wgmma import (
     TAKE_TURNS,
     block_barrier,
-    copy_step,
-    decode_columns,
-    decode_rows,
-    decoding,
     first_turn,
     give_part,
     half_a_turn,
-    lanes_layout,
     load_scales,
     load_tile,
     look_up,
-    packed_memory,
     place,
-    places,
     scaling_layout,
     share,
     store_scales,
     store_tile,
     take_part,
 )
+from ._wgmma_weights import (
+    copy_step,
+    decode_columns,
+    decode_rows,
+    decoding,
+    lanes_layout,
+    packed_memory,
+    places,
+)
+
 
 @gluon.jit(do_not_specialize=["M", "r"])
 def _matmul_wgmma_kernel(
@@ -120,9 +123,11 @@ def _matmul_wgmma_kernel(
 
     # Scales of STAGES steps at a time are loaded, looked up and stored in three stages.
     scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
+    # Two are used.  The launch asks for more than 48 KiB in all only if this part, without W's bytes, is more.
+    SCALES: gl.constexpr = 2 if COLUMNS > 64 else 8
     scales = gl.allocate_shared_memory(
         gl.float32,
-        [2, STAGES * 64 if BACKWARD else ROWS, ROWS // 64 if BACKWARD else STAGES],
+        [SCALES, STAGES * 64 if BACKWARD else ROWS, ROWS // 64 if BACKWARD else STAGES],
         gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
     )
     PER_SCALE: gl.constexpr = QUANT_BLOCK // 64
@@ -159,7 +164,18 @@ def _matmul_wgmma_kernel(
             step = now % tile_turns * STAGES
             next_row0, next_column0, next_step = place(now + 1, tile_turns, across, ROWS, COLUMNS, STAGES)
             index, stored = load_scales(
-                absmax_ptr, absmax_8bit_ptr, next_row0, next_step, more, N, blocks, BACKWARD, NESTED, PER_SCALE, SHAPE, scaling
+                absmax_ptr,
+                absmax_8bit_ptr,
+                next_row0,
+                next_step,
+                more,
+                N,
+                blocks,
+                BACKWARD,
+                NESTED,
+                PER_SCALE,
+                SHAPE,
+                scaling,
             )
             for s in gl.static_range(STAGES):
                 # W of this step has landed, of which a group's threads copy what they read.
@@ -170,7 +186,15 @@ def _matmul_wgmma_kernel(
                 mbarrier.expect(arrived[(s + AHEAD) % STAGES], COLUMNS * 128, pred=asked)
                 copy_step(
                     target + ((1 - parity) * STAGES + s) * (32 * ROWS),
-                    packed_ptr, line, chunk, next_row0, next_step + s, more, N, blocks, BACKWARD,
+                    packed_ptr,
+                    line,
+                    chunk,
+                    next_row0,
+                    next_step + s,
+                    more,
+                    N,
+                    blocks,
+                    BACKWARD,
                 )
                 at = read + (parity * STAGES + s) * (32 * ROWS)
                 if BACKWARD:
