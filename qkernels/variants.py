@@ -298,7 +298,7 @@ def wgmma_variant(
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 33 if split else 32)
-    pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32", "flags_ptr": "*i32"}
     adapter = {"w_ptr": "*fp32", "inner_ptr": "*fp32"}

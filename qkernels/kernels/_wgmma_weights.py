@@ -25,23 +25,43 @@ CODES16 = {
         (0, 100, 12800, 19200, 6400, 9600, 3200, 4800, 0, -100, -12800, -19200, -6400, -9600, -3200, -4800),
     ),
 }
-_W_ADDRESS = gl.constexpr("{ .shared .align 128 .b8 qk_packed[32768]; mov.u32 $0, qk_packed; }")
+W_SLOTS = 4
+_W_ADDRESS = gl.constexpr("{ .shared .align 128 .b8 qk_packed[16384]; mov.u32 $0, qk_packed; }")
+_TABLE_ADDRESS = gl.constexpr("{ .shared .align 128 .b8 qk_byte_table[32768]; mov.u32 $0, qk_byte_table; }")
+_STORE_WORD = gl.constexpr("st.shared.b32 [$1], $2; mov.u32 $0, $2;")
 _COPY = gl.constexpr("cp.async.cg.shared.global [$1], [$2], 16, $3; mov.u32 $0, 0;")
 _READ_ROWS = gl.constexpr(
-    "{ .reg .b32 b, x, y, w<8>, v<8>; xor.b32 b, $4, 16; "
-    "ld.shared.v4.b32 {w0, w1, w2, w3}, [$4]; ld.shared.v4.b32 {v0, v1, v2, v3}, [$4 + 256]; "
-    "ld.shared.v4.b32 {w4, w5, w6, w7}, [b]; ld.shared.v4.b32 {v4, v5, v6, v7}, [b + 256]; "
-    "prmt.b32 x, w0, w1, $5; prmt.b32 y, w2, w3, $5; prmt.b32 $0, x, y, 0x5410; "
-    "prmt.b32 x, w4, w5, $5; prmt.b32 y, w6, w7, $5; prmt.b32 $1, x, y, 0x5410; "
-    "prmt.b32 x, v0, v1, $5; prmt.b32 y, v2, v3, $5; prmt.b32 $2, x, y, 0x5410; "
-    "prmt.b32 x, v4, v5, $5; prmt.b32 y, v6, v7, $5; prmt.b32 $3, x, y, 0x5410; }"
+    "{ .reg .b32 b; xor.b32 b, $16, 16; "
+    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$16]; ld.shared.v4.b32 {$4, $5, $6, $7}, [b]; "
+    "ld.shared.v4.b32 {$8, $9, $10, $11}, [$16 + 256]; ld.shared.v4.b32 {$12, $13, $14, $15}, [b + 256]; }"
 )
 _READ_COLUMNS = gl.constexpr(
-    "{ .reg .b32 r<8>; "
-    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {r0, r1, r2, r3}, [$4]; "
-    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {r4, r5, r6, r7}, [$4 + 2048]; "
-    "prmt.b32 $0, r0, r1, $5; prmt.b32 $1, r2, r3, $5; prmt.b32 $2, r4, r5, $5; prmt.b32 $3, r6, r7, $5; }"
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$8]; "
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$4, $5, $6, $7}, [$8 + 2048];"
 )
+
+
+def _look_up(cvt: str, backward: bool) -> str:
+    """Assembly: words from $8 on, the byte's place, table, scales to eight weights $0 to $7, pairs of a register."""
+    words = 2 if backward else 4
+    place, table, scale = 8 + words, 9 + words, 10 + words
+    lines = [".reg .b32 a, b, p, q; .reg .f32 e, o, f, g;"]
+    if backward:
+        lines.append(f"shl.b32 q, ${place}, 16;")
+        for word in (0, 1):
+            even, odd = scale + 2 * word, scale + 2 * word + 1
+            lines.append(f"dp4a.u32.u32 a, ${8 + word}, ${place}, ${table}; dp4a.u32.u32 b, ${8 + word}, q, ${table};")
+            lines.append("ld.shared.v2.f32 {e, o}, [a]; ld.shared.v2.f32 {f, g}, [b];")
+            lines.append(f"mul.rn.f32 e, e, ${even}; mul.rn.f32 o, o, ${even};")
+            lines.append(f"mul.rn.f32 f, f, ${odd}; mul.rn.f32 g, g, ${odd};")
+            lines.append(f"{cvt} p, f, e; mov.b32 {{${4 * word}, ${4 * word + 1}}}, p;")
+            lines.append(f"{cvt} p, g, o; mov.b32 {{${4 * word + 2}, ${4 * word + 3}}}, p;")
+    else:
+        for word in range(4):
+            lines.append(f"dp4a.u32.u32 a, ${8 + word}, ${place}, ${table}; ld.shared.v2.f32 {{e, o}}, [a];")
+            lines.append(f"mul.rn.f32 e, e, ${scale}; mul.rn.f32 o, o, ${scale};")
+            lines.append(f"{cvt} p, o, e; mov.b32 {{${2 * word}, ${2 * word + 1}}}, p;")
+    return "{ " + " ".join(lines) + " }"
 
 
 def _decode(quant_type: str, cvt: str, backward: bool) -> str:
@@ -51,12 +71,18 @@ def _decode(quant_type: str, cvt: str, backward: bool) -> str:
         [sum((code >> shift & 255) << 8 * i for i, code in enumerate(codes[q : q + 4])) for q in (0, 4, 8, 12)]
         for shift in (0, 8)
     )
-    scales = range(9, 13) if backward else range(9, 10)
+    words = 2 if backward else 4
+    chosen, scale0 = 8 + words, 10 + words
+    gather = "prmt.b32 g, $8, $9, $10;"
+    if not backward:
+        gather = f"prmt.b32 g, $8, $9, ${chosen}; prmt.b32 s, $10, $11, ${chosen}; prmt.b32 g, g, s, 0x5410;"
+    scales = range(4 if backward else 1)
     lines = [
-        ".reg .b32 s, h, a, b, c, d, p, i, j; .reg .f32 e, o, f<4>;",
+        ".reg .b32 g, s, h, a, b, c, d, p, i, j; .reg .f32 e, o, f<4>;",
         # The low three bits of a nibble select from each half of the table, the highest selects the half.
-        "and.b32 s, $8, 0x77777777; shr.u32 h, $8, 1; lop3.b32 h, h, 0x44444444, 0x32103210, 0xea;",
-        *(f"mul.rn.f32 f{scale - 9}, ${scale}, 0fCB400000;" for scale in scales),
+        gather,
+        "and.b32 s, g, 0x77777777; shr.u32 h, g, 1; lop3.b32 h, h, 0x44444444, 0x32103210, 0xea;",
+        *(f"mul.rn.f32 f{scale}, ${scale0 + scale}, 0fCB400000;" for scale in scales),
     ]
     for half in (0, 1):
         if half:
@@ -70,7 +96,7 @@ def _decode(quant_type: str, cvt: str, backward: bool) -> str:
             # An integer added to the bits of 3 * 2^22 makes that number plus the integer, of which this subtracts it.
             lines.append("dp2a.lo.s32.u32 i, p, 0x0001, 0x4b400000; dp2a.lo.s32.u32 j, p, 0x0100, 0x4b400000;")
             lines.append("mov.b32 e, i; mov.b32 o, j;")
-            lines.append(f"fma.rn.f32 e, e, ${9 + even}, f{even}; fma.rn.f32 o, o, ${9 + odd}, f{odd};")
+            lines.append(f"fma.rn.f32 e, e, ${scale0 + even}, f{even}; fma.rn.f32 o, o, ${scale0 + odd}, f{odd};")
             lines.append(f"{cvt} p, o, e; mov.b32 {{${out}, ${out + 1}}}, p;")
     return "{ " + " ".join(lines) + " }"
 
@@ -85,13 +111,24 @@ _DECODE = gl.constexpr(
 )
 
 
-_EIGHT_OF_ONE = gl.constexpr("=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,f")
-_EIGHT_OF_FOUR = gl.constexpr("=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,f,f,f,f")
+_LOOK_UP = gl.constexpr(
+    {
+        (bf16, backward): _look_up(f"cvt.rn.{'bf16x2' if bf16 else 'f16x2'}.f32", backward)
+        for bf16 in (False, True)
+        for backward in (False, True)
+    }
+)
+_EIGHT = gl.constexpr("=&r," * 8 + "r")
+_SIXTEEN = gl.constexpr("=&r," * 16 + "r")
+_EIGHT_OF_ONE = gl.constexpr("=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r,r,r,r,r,f")
+_EIGHT_OF_FOUR = gl.constexpr("=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r,r,r,f,f,f,f")
 
 
 @gluon.constexpr_function
-def decoding(quant_type, dtype, backward):
-    """Assembly that decodes eight nibbles."""
+def decoding(quant_type, dtype, backward, tabled):
+    """Assembly that decodes eight nibbles, by a table or by byte permutation."""
+    if tabled:
+        return _LOOK_UP.value[dtype.is_bf16(), backward]
     return _DECODE.value[quant_type, dtype.is_bf16(), backward]
 
 
@@ -126,7 +163,7 @@ def scales_layout(rows, backward):
 
 @gluon.jit
 def packed_memory():
-    """Address in shared memory of W's bytes, W_STAGES tiles of 4 KiB."""
+    """Address in shared memory of W's bytes, W_SLOTS tiles of 4 KiB."""
     return gl.inline_asm_elementwise(_W_ADDRESS, "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -151,13 +188,15 @@ def places(memory, BACKWARD: gl.constexpr, ROWS: gl.constexpr, lanes: gl.constex
         target = memory + line * (32 * GROUPS) + (chunk ^ (line // 2 & 3)) * 16
         read = memory + lane * (32 * GROUPS) + ((group * 2 + warp // 2) ^ (lane // 2 & 3)) * 16
         chosen = none + gl.where(warp % 2 == 1, 0x7531, 0x6420)
+        place = none + (128 << warp % 2 * 8)
     else:
         line = none + group * 64 + warp * 16 + lane // 2
         chunk = none + lane % 2
         target = memory + line * 32 + (chunk ^ (line // 4 & 1)) * 16
         read = none + memory + (group * 64 + warp * 16 + g) * 32 + g // 4 * 16
         chosen = none + 0x40 + 0x11 * t
-    return line, chunk, target, read, chosen
+        place = none + (128 << t * 8)
+    return line, chunk, target, read, chosen, place
 
 
 @gluon.jit
@@ -194,43 +233,67 @@ def _joined(parts, begin: gl.constexpr, end: gl.constexpr):
 
 
 @gluon.jit
-def _eight(asm: gl.constexpr, packed, scales, DTYPE: gl.constexpr):
+def fill_table(table_ptr, WARPS: gl.constexpr, QUANT_TYPE: gl.constexpr):
+    """Codes float32[256, 2] of bytes, as integers, into shared memory 16 times; the address of this lane's copy."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    entry = gl.arange(0, 256, gl.SliceLayout(1, layout))[:, None]
+    word = gl.arange(0, 32, gl.SliceLayout(0, layout))[None, :]
+    base = gl.inline_asm_elementwise(_TABLE_ADDRESS, "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
+    divisor: gl.constexpr = 1.0 / code_unit(QUANT_TYPE)
+    value = gl.floor(gl.load(table_ptr + entry * 2 + word % 2) * divisor + 0.5).to(gl.int32, bitcast=True)
+    gl.inline_asm_elementwise(
+        _STORE_WORD, "=r,r,r", [base + entry * 128 + word * 4, value], dtype=gl.int32, is_pure=False, pack=1
+    )
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [0], dtype=gl.int32, is_pure=True, pack=1)
+    return base + lane % 16 * 8
+
+
+@gluon.jit
+def _eight(asm: gl.constexpr, words, places, scales, DTYPE: gl.constexpr):
     """Four bytes a thread and their scale, or four scales, to eight weights."""
-    FOUR: gl.constexpr = len(scales) == 4
-    constraints: gl.constexpr = _EIGHT_OF_FOUR if FOUR else _EIGHT_OF_ONE
-    if FOUR:
-        arguments = [packed, scales[0], scales[1], scales[2], scales[3]]
+    BACKWARD: gl.constexpr = len(scales) == 4
+    constraints: gl.constexpr = _EIGHT_OF_FOUR if BACKWARD else _EIGHT_OF_ONE
+    if BACKWARD:
+        arguments = [words[0], words[1], places[0], places[1], scales[0], scales[1], scales[2], scales[3]]
     else:
-        arguments = [packed, scales[0]]
+        arguments = [words[0], words[1], words[2], words[3], places[0], places[1], scales[0]]
     return gl.inline_asm_elementwise(asm, constraints, arguments, dtype=[DTYPE.value] * 8, is_pure=True, pack=1)
 
 
 @gluon.jit
 def decode_rows(
-    address, chosen, scales, asm: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr
+    address, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
 ):
     """Bytes of 64 weights of W's rows, scales [ROWS, 1], to the operand [ROWS of n, 64 of k]."""
     ROWS: gl.constexpr = scales.shape[0]
-    packed = _read(_READ_ROWS, address, chosen)  # [row / 8, k / 32]
+    words = gl.inline_asm_elementwise(  # [row / 8, k / 32, k / 8]
+        _READ_ROWS, _SIXTEEN, [address], dtype=[gl.int32] * 16, is_pure=False, pack=1
+    )
     scale = scales.load(scales_layout(ROWS, False)).reshape([ROWS // 64, 4, 2, 8]).permute((0, 1, 3, 2)).split()
     of_lanes: gl.constexpr = gl.SliceLayout(3, lanes)
     parts = ()
     for i in gl.static_range(4):
         scale_i = gl.convert_layout(scale[i // 2], of_lanes, assert_trivial=True)[:, :, :, None]
-        parts += _eight(asm, packed[i], (scale_i,), DTYPE)
+        four = (words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
+        if i % 2 * 2 + i // 2 < TABLED:
+            parts += _eight(decoding(QUANT_TYPE, DTYPE, False, True), four, (place, table), (scale_i,), DTYPE)
+        else:
+            parts += _eight(decoding(QUANT_TYPE, DTYPE, False, False), four, (chosen, chosen), (scale_i,), DTYPE)
     return _operand(parts, ROWS, operand)
 
 
 @gluon.jit
 def decode_columns(
-    address, chosen, scales, asm: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr
+    address, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
 ):
     """Bytes of 64 rows n, scales [64, GROUPS], to the operand [ROWS of k, 64 of n].
 
     Row 32 v + 16 w + 8 h + g of the operand is k = 32 v + 4 g + 2 w + h: a byte's two weights stay in one thread.
     """
     GROUPS: gl.constexpr = scales.shape[1]
-    packed = _read(_READ_COLUMNS, address, chosen)  # [n / 16]
+    words = gl.inline_asm_elementwise(  # [n / 8]
+        _READ_COLUMNS, _EIGHT, [address], dtype=[gl.int32] * 8, is_pure=False, pack=1
+    )
     scale = scales.load(scales_layout(GROUPS * 64, True)).reshape([2, 2, 2, 4, 2, GROUPS])
     scale = _split(scale.permute((5, 3, 4, 2, 1, 0)), 4)  # by n / 32, n / 16, n / 8, n
     of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lanes))
@@ -240,18 +303,14 @@ def decode_columns(
         four = ()
         for j in gl.static_range(4):
             four += (gl.convert_layout(scale[4 * i + j], of_lanes, assert_trivial=True)[:, None, None, :],)
-        part = _eight(asm, packed[i], four, DTYPE)  # [n / 8, row / 8, n]
+        two = (words[2 * i], words[2 * i + 1])
+        if i < TABLED:
+            part = _eight(decoding(QUANT_TYPE, DTYPE, True, True), two, (place, table), four, DTYPE)  # [n / 8, row / 8, n]
+        else:
+            part = _eight(decoding(QUANT_TYPE, DTYPE, True, False), two, (chosen, chosen), four, DTYPE)
         upper += (part[0], part[1], part[4], part[5])
         lower += (part[2], part[3], part[6], part[7])
     return _operand(upper + lower, GROUPS * 64, operand)
-
-
-@gluon.jit
-def _read(asm: gl.constexpr, address, chosen):
-    """Four times four bytes a thread."""
-    return gl.inline_asm_elementwise(
-        asm, "=&r,=&r,=&r,=&r,r,r", [address, chosen], dtype=[gl.int32] * 4, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

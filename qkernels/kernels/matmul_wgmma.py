@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..format import byte_table
 from ..tuning.wgmma import WgmmaConfig
 from ._adapter import INNER_LAYOUT, add_adapter, store_inner
 from ._launch import Launcher
@@ -51,7 +52,7 @@ from ._wgmma_weights import (
     copy_step,
     decode_columns,
     decode_rows,
-    decoding,
+    fill_table,
     lanes_layout,
     packed_memory,
     places,
@@ -66,6 +67,7 @@ def _matmul_wgmma_kernel(
     absmax_8bit_ptr,
     absmax_code_ptr,
     absmax_offset_ptr,
+    table_ptr,
     bias_ptr,
     out_ptr,
     parts_ptr,
@@ -85,6 +87,7 @@ def _matmul_wgmma_kernel(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    TABLED: gl.constexpr,
     RANK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
 ):
@@ -117,8 +120,8 @@ def _matmul_wgmma_kernel(
         load_tile(x_desc, [column0, (step0 + s) * 64], arrived[s], xs[s])
 
     lanes: gl.constexpr = lanes_layout(ROWS)
-    line, chunk, target, read, chosen = places(packed_memory(), BACKWARD, ROWS, lanes)
-    for s in gl.static_range(STAGES):
+    line, chunk, target, read, chosen, byte = places(packed_memory(), BACKWARD, ROWS, lanes)
+    for s in gl.static_range(STAGES - 1):
         copy_step(target + s * 32 * ROWS, packed_ptr, line, chunk, row0, step0 + s, True, N, blocks, BACKWARD)
 
     # Scales of STAGES steps at a time are loaded, looked up and stored in three stages.
@@ -132,6 +135,7 @@ def _matmul_wgmma_kernel(
     )
     PER_SCALE: gl.constexpr = QUANT_BLOCK // 64
     SHAPE: gl.constexpr = (scales.shape[1], scales.shape[2])
+    table = fill_table(table_ptr, WARPS, QUANT_TYPE)
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
@@ -142,7 +146,6 @@ def _matmul_wgmma_kernel(
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    asm: gl.constexpr = decoding(QUANT_TYPE, DTYPE, BACKWARD)
     held = gl.zeros((ROWS, 64), DTYPE, operand)
     block_barrier()
     turn = begin
@@ -179,30 +182,24 @@ def _matmul_wgmma_kernel(
             )
             for s in gl.static_range(STAGES):
                 # W of this step has landed, of which a group's threads copy what they read.
-                async_copy.wait_group(STAGES - 1)
+                async_copy.wait_group(STAGES - 2)
                 block_barrier()
                 # Before the next barrier: Gluon would put another one between this and asking for x.
                 asked = (s < 2) | more
                 mbarrier.expect(arrived[(s + AHEAD) % STAGES], COLUMNS * 128, pred=asked)
+                w_row0, w_step, w_asked = next_row0, next_step + (s + 3) % STAGES, more
+                if s == 0:
+                    w_row0, w_step, w_asked = row0, step + 3, True
                 copy_step(
-                    target + ((1 - parity) * STAGES + s) * (32 * ROWS),
-                    packed_ptr,
-                    line,
-                    chunk,
-                    next_row0,
-                    next_step + s,
-                    more,
-                    N,
-                    blocks,
-                    BACKWARD,
+                    target + (s + 3) % STAGES * (32 * ROWS), packed_ptr, line, chunk, w_row0, w_step, w_asked, N, blocks, BACKWARD
                 )
-                at = read + (parity * STAGES + s) * (32 * ROWS)
+                at = read + s * (32 * ROWS)
                 if BACKWARD:
                     weights = decode_columns(
-                        at, chosen, scales.index(parity).slice(s * 64, 64, 0), asm, lanes, operand, DTYPE
+                        at, chosen, byte, table, scales.index(parity).slice(s * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
                     )
                 else:
-                    weights = decode_rows(at, chosen, scales.index(parity).slice(s, 1, 1), asm, lanes, operand, DTYPE)
+                    weights = decode_rows(at, chosen, byte, table, scales.index(parity).slice(s, 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
                 # Before the barrier: the loop in it keeps ptxas from decoding behind it.
                 mbarrier.wait(arrived[s], parity)
                 block_barrier()
@@ -267,6 +264,7 @@ def wgmma_constants(
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "STAGES": config.stages,
+        "TABLED": config.tabled,
         "RANK": inner_shape[1],
         "INNER_PARTS": inner_shape[0],
     }
@@ -316,7 +314,7 @@ def matmul_wgmma_triton(
     constants = wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, inner_shape)
     _launch(
         (config.programs, 1, 1),
-        (packed, absmax, absmax_8bit, absmax_code, absmax_offset, bias, out, parts, flags, w, inner),
+        (packed, absmax, absmax_8bit, absmax_code, absmax_offset, byte_table(quant_type, x.device), bias, out, parts, flags, w, inner),
         (M, N, K, r),
         tuple(constants.values()),
         config,

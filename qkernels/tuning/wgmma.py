@@ -33,6 +33,7 @@ class WgmmaConfig(NamedTuple):
     stages: int
     programs: int
     split: bool
+    tabled: int = 4
     max_registers: int | None = None
 
     @property
