@@ -56,6 +56,7 @@ from ._wgmma_weights import (
     lanes_layout,
     packed_memory,
     places,
+    read_words,
 )
 
 
@@ -147,7 +148,9 @@ def _matmul_wgmma_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     held = gl.zeros((ROWS, 64), DTYPE, operand)
+    async_copy.wait_group(STAGES - 2)
     block_barrier()
+    words = read_words(read, BACKWARD)
     turn = begin
     while turn < end:
         stop = gl.minimum((turn // tile_turns + 1) * tile_turns, end)
@@ -182,7 +185,7 @@ def _matmul_wgmma_kernel(
             )
             for s in gl.static_range(STAGES):
                 # W of this step has landed, of which a group's threads copy what they read.
-                async_copy.wait_group(STAGES - 2)
+                async_copy.wait_group(STAGES - 3)
                 block_barrier()
                 # Before the next barrier: Gluon would put another one between this and asking for x.
                 asked = (s < 2) | more
@@ -193,13 +196,12 @@ def _matmul_wgmma_kernel(
                 copy_step(
                     target + (s + 3) % STAGES * (32 * ROWS), packed_ptr, line, chunk, w_row0, w_step, w_asked, N, blocks, BACKWARD
                 )
-                at = read + s * (32 * ROWS)
                 if BACKWARD:
                     weights = decode_columns(
-                        at, chosen, byte, table, scales.index(parity).slice(s * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
+                        words, chosen, byte, table, scales.index(parity).slice(s * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
                     )
                 else:
-                    weights = decode_rows(at, chosen, byte, table, scales.index(parity).slice(s, 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
+                    weights = decode_rows(words, chosen, byte, table, scales.index(parity).slice(s, 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
                 # Before the barrier: the loop in it keeps ptxas from decoding behind it.
                 mbarrier.wait(arrived[s], parity)
                 block_barrier()
@@ -209,6 +211,7 @@ def _matmul_wgmma_kernel(
                 if s >= 2:
                     x_at = [next_column0, (next_step + s - 2) * 64]
                 load_tile(x_desc, x_at, arrived[(s + AHEAD) % STAGES], xs[(s + AHEAD) % STAGES], pred=asked)
+                words = read_words(read + (s + 1) % STAGES * (32 * ROWS), BACKWARD)
                 # The operand in flight stays in its registers until its product is done.
                 acc, held = warpgroup_mma_wait(1, deps=[acc, held])
                 acc = warpgroup_mma_init(acc)
@@ -218,6 +221,8 @@ def _matmul_wgmma_kernel(
                 if s == STAGES - 2:
                     # One step before the end, so that it is there for the group that is ahead.
                     store_scales(scales.index(1 - parity), code, stored, offset, NESTED, QUANT_TYPE)
+                # The loop in this, which has ended before, keeps ptxas from decoding before the barrier that follows.
+                mbarrier.wait(arrived[s], parity)
         if TAKE_TURNS:
             half_a_turn(0)
         done, held = warpgroup_mma_wait(0, deps=[acc, held])
