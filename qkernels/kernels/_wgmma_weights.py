@@ -261,21 +261,14 @@ def _eight(asm: gl.constexpr, words, places, scales, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def read_words(address, BACKWARD: gl.constexpr):
-    """W's bytes of a step from shared memory: 16 words a thread, [row / 8, k / 32, k / 8]; backward 8, [n / 8]."""
-    if BACKWARD:
-        words = gl.inline_asm_elementwise(_READ_COLUMNS, _EIGHT, [address], [gl.int32] * 8, is_pure=False, pack=1)
-    else:
-        words = gl.inline_asm_elementwise(_READ_ROWS, _SIXTEEN, [address], [gl.int32] * 16, is_pure=False, pack=1)
-    return words
-
-
-@gluon.jit
 def decode_rows(
-    words, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
+    address, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
 ):
     """Bytes of 64 weights of W's rows, scales [ROWS, 1], to the operand [ROWS of n, 64 of k]."""
     ROWS: gl.constexpr = scales.shape[0]
+    words = gl.inline_asm_elementwise(  # [row / 8, k / 32, k / 8]
+        _READ_ROWS, _SIXTEEN, [address], dtype=[gl.int32] * 16, is_pure=False, pack=1
+    )
     scale = scales.load(scales_layout(ROWS, False)).reshape([ROWS // 64, 4, 2, 8]).permute((0, 1, 3, 2)).split()
     of_lanes: gl.constexpr = gl.SliceLayout(3, lanes)
     parts = ()
@@ -291,13 +284,16 @@ def decode_rows(
 
 @gluon.jit
 def decode_columns(
-    words, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
+    address, chosen, place, table, scales, QUANT_TYPE: gl.constexpr, lanes: gl.constexpr, operand: gl.constexpr, DTYPE: gl.constexpr, TABLED: gl.constexpr
 ):
     """Bytes of 64 rows n, scales [64, GROUPS], to the operand [ROWS of k, 64 of n].
 
     Row 32 v + 16 w + 8 h + g of the operand is k = 32 v + 4 g + 2 w + h: a byte's two weights stay in one thread.
     """
     GROUPS: gl.constexpr = scales.shape[1]
+    words = gl.inline_asm_elementwise(  # [n / 8]
+        _READ_COLUMNS, _EIGHT, [address], dtype=[gl.int32] * 8, is_pure=False, pack=1
+    )
     scale = scales.load(scales_layout(GROUPS * 64, True)).reshape([2, 2, 2, 4, 2, GROUPS])
     scale = _split(scale.permute((5, 3, 4, 2, 1, 0)), 4)  # by n / 32, n / 16, n / 8, n
     of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lanes))

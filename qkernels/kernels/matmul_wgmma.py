@@ -56,7 +56,6 @@ from ._wgmma_weights import (
     lanes_layout,
     packed_memory,
     places,
-    read_words,
 )
 
 
@@ -116,13 +115,13 @@ def _matmul_wgmma_kernel(
         mbarrier.init(arrived[s], count=1)
     fence_async_shared()
     block_barrier()
-    for s in gl.static_range(AHEAD):
-        mbarrier.expect(arrived[s], COLUMNS * 128)
-        load_tile(x_desc, [column0, (step0 + s) * 64], arrived[s], xs[s])
+    mbarrier.expect(arrived[0], COLUMNS * 128)
+    mbarrier.expect(arrived[1], COLUMNS * 128)
+    load_tile(x_desc, [column0, step0 * 64], arrived[0], xs[0])
 
     lanes: gl.constexpr = lanes_layout(ROWS)
     line, chunk, target, read, chosen, byte = places(packed_memory(), BACKWARD, ROWS, lanes)
-    for s in gl.static_range(STAGES - 1):
+    for s in gl.static_range(2):
         copy_step(target + s * 32 * ROWS, packed_ptr, line, chunk, row0, step0 + s, True, N, blocks, BACKWARD)
 
     # Scales of STAGES steps at a time are loaded, looked up and stored in three stages.
@@ -143,14 +142,18 @@ def _matmul_wgmma_kernel(
     index, stored = load_scales(
         absmax_ptr, absmax_8bit_ptr, row0, step0, True, N, blocks, BACKWARD, NESTED, PER_SCALE, SHAPE, scaling
     )
+    next_row0, next_column0, next_step = place(begin + 1, tile_turns, across, ROWS, COLUMNS, STAGES)
+    next_index, next_stored = load_scales(
+        absmax_ptr, absmax_8bit_ptr, next_row0, next_step, begin + 1 < end, N, blocks, BACKWARD, NESTED, PER_SCALE, SHAPE, scaling
+    )
     store_scales(scales.index(0), look_up(absmax_code_ptr, index, NESTED), stored, offset, NESTED, QUANT_TYPE)
+    code = look_up(absmax_code_ptr, next_index, NESTED)
+    stored = next_stored
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    held = gl.zeros((ROWS, 64), DTYPE, operand)
-    async_copy.wait_group(STAGES - 2)
     block_barrier()
-    words = read_words(read, BACKWARD)
+    held = gl.zeros((ROWS, 64), DTYPE, operand)
     turn = begin
     while turn < end:
         stop = gl.minimum((turn // tile_turns + 1) * tile_turns, end)
@@ -169,60 +172,57 @@ def _matmul_wgmma_kernel(
             more = now + 1 < end
             step = now % tile_turns * STAGES
             next_row0, next_column0, next_step = place(now + 1, tile_turns, across, ROWS, COLUMNS, STAGES)
-            index, stored = load_scales(
-                absmax_ptr,
-                absmax_8bit_ptr,
-                next_row0,
-                next_step,
-                more,
-                N,
-                blocks,
-                BACKWARD,
-                NESTED,
-                PER_SCALE,
-                SHAPE,
-                scaling,
-            )
-            for s in gl.static_range(STAGES):
-                # W of this step has landed, of which a group's threads copy what they read.
-                async_copy.wait_group(STAGES - 3)
+            for half in gl.static_range(2):
+                # W of these two steps has landed, of which a group's threads copy what they read.
+                async_copy.wait_group(0)
                 block_barrier()
-                # Before the next barrier: Gluon would put another one between this and asking for x.
-                asked = (s < 2) | more
-                mbarrier.expect(arrived[(s + AHEAD) % STAGES], COLUMNS * 128, pred=asked)
-                w_row0, w_step, w_asked = next_row0, next_step + (s + 3) % STAGES, more
-                if s == 0:
-                    w_row0, w_step, w_asked = row0, step + 3, True
-                copy_step(
-                    target + (s + 3) % STAGES * (32 * ROWS), packed_ptr, line, chunk, w_row0, w_step, w_asked, N, blocks, BACKWARD
-                )
+                acc, held = warpgroup_mma_wait(0, deps=[acc, held])
+                # Both groups have done with all products but the last two, so the second one's stage is free.
+                load_tile(x_desc, [column0, (step + (2 * half) + 1) * 64], arrived[(2 * half) + 1], xs[(2 * half) + 1])
+                w_row0, w_step, w_asked = row0, step + 2, True
+                if half == 1:
+                    # Scales are loaded, looked up and stored one after the other, when what came before has come.
+                    later_row0, later_column0, later_step = place(now + 2, tile_turns, across, ROWS, COLUMNS, STAGES)
+                    index, stored = load_scales(
+                        absmax_ptr, absmax_8bit_ptr, later_row0, later_step, now + 2 < end, N, blocks, BACKWARD, NESTED, PER_SCALE, SHAPE, scaling
+                    )
+                    w_row0, w_step, w_asked = next_row0, next_step, more
+                for s in gl.static_range(2):
+                    copy_step(
+                        target + ((2 - (2 * half)) + s) * (32 * ROWS), packed_ptr, line, chunk, w_row0, w_step + s, w_asked, N, blocks, BACKWARD
+                    )
                 if BACKWARD:
-                    weights = decode_columns(
-                        words, chosen, byte, table, scales.index(parity).slice(s * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
+                    first = decode_columns(
+                        read + (2 * half) * (32 * ROWS), chosen, byte, table, scales.index(parity).slice((2 * half) * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
+                    )
+                    second = decode_columns(
+                        read + ((2 * half) + 1) * (32 * ROWS), chosen, byte, table, scales.index(parity).slice(((2 * half) + 1) * 64, 64, 0), QUANT_TYPE, lanes, operand, DTYPE, TABLED
                     )
                 else:
-                    weights = decode_rows(words, chosen, byte, table, scales.index(parity).slice(s, 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
+                    first = decode_rows(read + (2 * half) * (32 * ROWS), chosen, byte, table, scales.index(parity).slice((2 * half), 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
+                    second = decode_rows(read + ((2 * half) + 1) * (32 * ROWS), chosen, byte, table, scales.index(parity).slice((2 * half) + 1, 1, 1), QUANT_TYPE, lanes, operand, DTYPE, TABLED)
+                # Before the next barrier: Gluon would put another one between this and asking for x.
+                asked = (half == 0) | more
+                mbarrier.expect(arrived[2 - (2 * half)], COLUMNS * 128, pred=asked)
+                mbarrier.expect(arrived[3 - (2 * half)], COLUMNS * 128, pred=asked)
                 # Before the barrier: the loop in it keeps ptxas from decoding behind it.
-                mbarrier.wait(arrived[s], parity)
+                mbarrier.wait(arrived[(2 * half)], parity)
                 block_barrier()
-                acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
-                # Both groups have done with the product of two steps ago, so its stage is free.
-                x_at = [column0, (step + s + AHEAD) * 64]
-                if s >= 2:
-                    x_at = [next_column0, (next_step + s - 2) * 64]
-                load_tile(x_desc, x_at, arrived[(s + AHEAD) % STAGES], xs[(s + AHEAD) % STAGES], pred=asked)
-                words = read_words(read + (s + 1) % STAGES * (32 * ROWS), BACKWARD)
-                # The operand in flight stays in its registers until its product is done.
-                acc, held = warpgroup_mma_wait(1, deps=[acc, held])
                 acc = warpgroup_mma_init(acc)
-                held = weights
-                if s == STAGES // 2 - 1:
-                    code = look_up(absmax_code_ptr, index, NESTED)
-                if s == STAGES - 2:
-                    # One step before the end, so that it is there for the group that is ahead.
+                acc = warpgroup_mma(first, xs[(2 * half)].permute((1, 0)), acc, is_async=True)
+                mbarrier.wait(arrived[(2 * half) + 1], parity)
+                acc = warpgroup_mma(second, xs[(2 * half) + 1].permute((1, 0)), acc, is_async=True)
+                x_at = [column0, (step + 2) * 64]
+                if half == 1:
+                    x_at = [next_column0, next_step * 64]
+                load_tile(x_desc, x_at, arrived[2 - (2 * half)], xs[2 - (2 * half)], pred=asked)
+                # An operand in flight stays in its registers until its product is done.
+                acc, first, held = warpgroup_mma_wait(1, deps=[acc, first, second])
+                acc = warpgroup_mma_init(acc)
+                if half == 0:
                     store_scales(scales.index(1 - parity), code, stored, offset, NESTED, QUANT_TYPE)
-                # The loop in this, which has ended before, keeps ptxas from decoding before the barrier that follows.
-                mbarrier.wait(arrived[s], parity)
+                else:
+                    code = look_up(absmax_code_ptr, index, NESTED)
         if TAKE_TURNS:
             half_a_turn(0)
         done, held = warpgroup_mma_wait(0, deps=[acc, held])

@@ -33,7 +33,7 @@ class WgmmaConfig(NamedTuple):
     stages: int
     programs: int
     split: bool
-    tabled: int = 2
+    tabled: int = 3
     max_registers: int | None = None
 
     @property
