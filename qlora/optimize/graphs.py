@@ -39,11 +39,10 @@ class BlocksGraph:
     """The two graphs of one shape.
 
     Args:
-        run: (hidden, *others) -> hidden.
+        run: (hidden, *others) -> hidden, a sum, whose gradient does not need its value.
         hidden: [batch, T, hidden size], as of every later call; the gradient flows to it if it requires one.
         others: tensors that `run` takes beside it, likewise; no gradient flows to them.
-        parameters: the trainable ones that `run` uses.
-        flat: float32, for the gradients of all of them.
+        parameters: the trainable ones that `run` uses, float32.
         pool: of `torch.cuda.graph_pool_handle`.
     """
 
@@ -53,36 +52,38 @@ class BlocksGraph:
         hidden: Tensor,
         others: tuple[Tensor, ...],
         parameters: list[nn.Parameter],
-        flat: Tensor,
         pool: Any,
     ) -> None:
         self._hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         self._others = [tensor.detach().clone() for tensor in others]
-        self._flat = flat
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: the data loader's threads may do as they like meanwhile.
         with torch.enable_grad(), torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
             out = run(self._hidden, *self._others)
+        # It is read no more when its gradient is there, which takes its place.
         self._out = out.detach()
-        self._grad_out = torch.empty_like(self._out)
+        # Nor does the backward pass need the workspace that cuBLAS had in the forward pass: it may have it itself.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
             grads = torch.autograd.grad(
-                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._grad_out
+                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._out
             )
-            torch.cat([grad.reshape(-1) for grad in grads[: len(parameters)]], out=flat)
+            flat = torch.cat([grad.reshape(-1) for grad in grads[: len(parameters)]])
+        # It lies where blocks have worked, and is copied at once: the graphs of other shapes may have its memory.
+        self._flat = _borrowed(flat)
         self._grad_hidden = grads[-1] if hidden.requires_grad else None
         self._shapes = [parameter.shape for parameter in parameters]
 
     def forward(self, hidden: Tensor, others: tuple[Tensor, ...]) -> Tensor:
-        """What `run` returns."""
+        """What `run` returns, until the backward pass."""
         for static, tensor in zip((self._hidden, *self._others), (hidden, *others), strict=True):
             static.copy_(tensor)
         self._forward.replay()
-        return self._out.clone()
+        return self._out.detach()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of hidden and of the parameters, of the forward pass before."""
-        self._grad_out.copy_(grad)
+        self._out.copy_(grad)
         self._backward.replay()
         parts = self._flat.clone().split([shape.numel() for shape in self._shapes])
         grads = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -177,7 +178,6 @@ class Graphs:
         self._seen: set[Any] = set()
         self._graphs: dict[Any, BlocksGraph] = {}
         self._pool: Any = None
-        self._flat: Any = None
         self._uncounted = 0
 
     def __len__(self) -> int:
@@ -206,9 +206,7 @@ class Graphs:
             if is_first or len(self) >= MOST_GRAPHS:
                 return run(hidden, *others)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            if self._flat is None:
-                self._flat = torch.empty(sum(map(Tensor.numel, trained)), device=hidden.device)
-            graph = self._graphs[key] = BlocksGraph(run, hidden, others, trained, self._flat, self._pool)
+            graph = self._graphs[key] = BlocksGraph(run, hidden, others, trained, self._pool)
             self._uncounted = _uncounted_in(self._pool)
         return _Replay.apply(self, graph, hidden, others, *trained)
 
@@ -216,6 +214,12 @@ class Graphs:
 def uncounted_bytes() -> int:
     """Memory that the graphs of all models work in.  torch counts it as reserved, and as allocated only in part."""
     return sum(graphs._uncounted for graphs in _ALL)
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same elements, contiguous, without keeping their memory."""
+    storage = torch._C._construct_storage_from_data_pointer(tensor.data_ptr(), tensor.device, tensor.nbytes)
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
 
 
 def _uncounted_in(pool: Any) -> int:
