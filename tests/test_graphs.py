@@ -26,7 +26,7 @@ class Pretended:
     As there, the gradient takes the place of what was returned; autograd would notice if it needed that still.
     """
 
-    def __init__(self, run, hidden, others, parameters, pool):
+    def __init__(self, run, blocks, hidden, others, parameters, pool):
         self.run, self.parameters = run, parameters
 
     def forward(self, hidden, others):
@@ -271,6 +271,28 @@ def test_no_block_needs_what_it_returned_when_its_gradient_is_there(family, reco
     assert len(base.graphs if family == "bloom" else blocks.graphs) == 1
     for name, grad in steps[1].items():
         torch.testing.assert_close(grad, steps[0][name], rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_fresh_ones_while_it_is_captured(blocks):
+    blocks[1].tied = blocks[1][0]
+    trained = [parameter for parameter in blocks.parameters() if parameter.requires_grad]
+    before = dict(blocks.named_parameters())
+    kept = blocks[1](blocks[0](torch.ones(4)))  # and with it autograd's nodes
+    with graphs_module._fresh(blocks, trained) as leaves:
+        within = dict(blocks.named_parameters())
+        assert within["1.0.weight"] is leaves[0]
+        assert within["0.0.weight"] is before["0.0.weight"]
+        for leaf, parameter in zip(leaves, trained, strict=True):
+            assert leaf is not parameter
+            assert leaf.data_ptr() == parameter.data_ptr()
+        out = blocks[1](blocks[0](torch.ones(4)))
+        assert all(grad is not None for grad in torch.autograd.grad(out.sum(), leaves))
+        assert blocks[1].tied.weight is leaves[0]
+    after = dict(blocks.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in after)
+    kept.sum().backward()
+    assert before["1.0.weight"].grad is not None
 
 
 def test_what_is_borrowed_is_the_same_elements_and_does_not_keep_them():

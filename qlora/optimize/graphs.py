@@ -9,8 +9,9 @@ The graphs of all shapes share one memory pool.  Nothing in it outlives a step, 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class BlocksGraph:
 
     Args:
         run: (hidden, *others) -> hidden, a sum, whose gradient does not need its value.
+        blocks: whose modules and parameters `run` uses.
         hidden: [batch, T, hidden size], as of every later call; the gradient flows to it if it requires one.
         others: tensors that `run` takes beside it, likewise; no gradient flows to them.
         parameters: the trainable ones that `run` uses, float32.
@@ -49,6 +51,7 @@ class BlocksGraph:
     def __init__(
         self,
         run: Run,
+        blocks: nn.Module,
         hidden: Tensor,
         others: tuple[Tensor, ...],
         parameters: list[nn.Parameter],
@@ -57,18 +60,18 @@ class BlocksGraph:
         self._hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         self._others = [tensor.detach().clone() for tensor in others]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: the data loader's threads may do as they like meanwhile.
-        with torch.enable_grad(), torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
-            out = run(self._hidden, *self._others)
-        # It is read no more when its gradient is there, which takes its place.
-        self._out = out.detach()
-        # Nor does the backward pass need the workspace that cuBLAS had in the forward pass: it may have it itself.
-        torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
-            grads = torch.autograd.grad(
-                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._out
-            )
-            flat = torch.cat([grad.reshape(-1) for grad in grads[: len(parameters)]])
+        how: Any = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's threads may do as they like
+        with _fresh(blocks, parameters) as leaves:
+            with torch.enable_grad(), torch.cuda.graph(self._forward, **how):
+                out = run(self._hidden, *self._others)
+            # It is read no more when its gradient is there, which takes its place.
+            self._out = out.detach()
+            # Nor does the backward pass need the workspace that cuBLAS had in the forward pass: it may have it itself.
+            torch._C._cuda_clearCublasWorkspaces()
+            with torch.cuda.graph(self._backward, **how):
+                inputs = [*leaves, *([self._hidden] if hidden.requires_grad else [])]
+                grads = torch.autograd.grad(out, inputs, self._out)
+                flat = torch.cat([grad.reshape(-1) for grad in grads[: len(leaves)]])
         # It lies where blocks have worked, and is copied at once: the graphs of other shapes may have its memory.
         self._flat = _borrowed(flat)
         self._grad_hidden = grads[-1] if hidden.requires_grad else None
@@ -206,7 +209,7 @@ class Graphs:
             if is_first or len(self) >= MOST_GRAPHS:
                 return run(hidden, *others)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = self._graphs[key] = BlocksGraph(run, hidden, others, trained, self._pool)
+            graph = self._graphs[key] = BlocksGraph(run, blocks, hidden, others, trained, self._pool)
             self._uncounted = _uncounted_in(self._pool)
         return _Replay.apply(self, graph, hidden, others, *trained)
 
@@ -214,6 +217,29 @@ class Graphs:
 def uncounted_bytes() -> int:
     """Memory that the graphs of all models work in.  torch counts it as reserved, and as allocated only in part."""
     return sum(graphs._uncounted for graphs in _ALL)
+
+
+@contextlib.contextmanager
+def _fresh(blocks: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Within it the modules have other parameters with the same memory, which are yielded.
+
+    As long as a result of an earlier step is alive, autograd gathers a parameter's gradient on that step's stream, for
+    which a capture must not wait.  And a plain loop holds its last output until it has a new one.
+    """
+    fresh = {parameter: nn.Parameter(parameter.detach()) for parameter in parameters}
+    places = [
+        (module._parameters, name, parameter)
+        for module in blocks.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in fresh
+    ]
+    try:
+        for owner, name, parameter in places:
+            owner[name] = fresh[parameter]
+        yield list(fresh.values())
+    finally:
+        for owner, name, parameter in places:
+            owner[name] = parameter
 
 
 def _borrowed(tensor: Tensor) -> Tensor:

@@ -113,6 +113,21 @@ def test_an_embedding_that_is_trained_too():
     assert captured(by_graph) == 1
 
 
+def test_a_result_of_the_step_before_is_still_there():
+    by_graph, plain = tuned(True, dropout=0.0), tuned(False, dropout=0.0)
+    ids = tokens(2, 64).cuda()
+    for _ in range(4):
+        for model in (by_graph, plain):
+            model.zero_grad()
+        output, expected = (model(input_ids=ids, labels=ids) for model in (by_graph, plain))
+        output.loss.backward()
+        expected.loss.backward()
+    assert captured(by_graph) == 1
+    for (name, ours), theirs in zip(by_graph.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_accumulated_gradients():
     by_graph, plain = tuned(True, dropout=0.0), tuned(False, dropout=0.0)
     ids = tokens(2, 64).cuda()
