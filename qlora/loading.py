@@ -19,6 +19,7 @@ from .checkpoint import is_local
 from .integrations.transformers import NF4Config, quantize_model
 from .integrations.transformers.bitsandbytes_files import BitsAndBytesNF4Config, is_4bit_of_bitsandbytes
 from .integrations.transformers.config import METHOD, as_dtype, check_same_format
+from .integrations.trl import join_trl
 from .load_errors import one_error
 from .precision import choose_precision, resolve_device
 
@@ -140,6 +141,7 @@ def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: b
             )
         # Also makes the embedding's output require gradients.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    join_trl()
     return model
 
 

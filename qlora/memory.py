@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .integrations.trl import LEAST_WORDS, LOGIT_TOKENS
 from .optimize.graphs import LEAST_CAPABILITY, MOST_TOKENS
 from .shapes import Shapes
 from .units import GIB, MIB
@@ -19,9 +20,8 @@ CUDA_CONTEXT_BYTES = int(0.45 * GIB)
 WORKSPACES = 2
 # Eager attention: scores, probabilities and their gradients, in the compute dtype and in float32 for the softmax.
 EAGER_SCORE_FACTOR = 5
-# TRL projects onto the vocabulary in tiles of so many words and tokens, in one buffer, and keeps no logits.
+# TRL projects onto the vocabulary in tiles of so many words and LOGIT_TOKENS, in one buffer, and keeps no logits.
 LOGIT_TILE = 32_768
-LOGIT_TOKENS = 4096
 
 ASSUMPTIONS = (
     "the model is optimized (qlora.optimize_model), as `qlora train` does it where it knows the architecture",
@@ -87,7 +87,7 @@ class MemoryPlan:
         checkpoints: what is kept from the forward to the backward pass, whole blocks included.
         block: the block that is recomputed, or where that is more the hidden states around the loss.
         logits: the tile of logits, and the rows of a 4-bit output layer decoded for it; 0 where the recomputed block is
-            the peak.
+            the peak.  By graphs the tile takes memory that they have anyway.
         decoded: the largest weight, decoded for its product; 0 where the loss is the peak.
         graphs: what CUDA graphs copy, and their own workspaces.
         workspace: cuBLAS' own.
@@ -149,7 +149,10 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     scores = EAGER_SCORE_FACTOR * run.batch_size * shapes.heads * run.length**2 * (size + 4) / 2 if shapes.eager else 0
     # The last hidden states, normalized, those of them with labels, and their gradient in float32.
     around_loss = shapes.hidden * (3 * per_token + 4 * run.tokens)
-    tile = min(run.tokens, LOGIT_TOKENS) * min(shapes.vocabulary, LOGIT_TILE) * size
+    rows = min(run.tokens, LOGIT_TOKENS)
+    tile = rows * min(shapes.vocabulary, LOGIT_TILE) * size
+    if run.by_graphs and decoded >= rows * min(shapes.vocabulary, LEAST_WORDS) * size:
+        tile = 0  # it lies where the blocks decode their weights
     if run.quantize_embeddings:
         tile += min(shapes.vocabulary, LOGIT_TILE) * shapes.hidden * size
     working = max(shapes.working_width * per_token + decoded, shapes.transient_width * per_token)
@@ -157,8 +160,9 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     workspace = WORKSPACES * (32 if run.capability >= (9, 0) else 8) * MIB
     copies = 0.0
     if run.by_graphs:
-        # Hidden states, what the blocks return, and its gradient; the adapters' gradients, all in one.
-        copies = 3 * shapes.hidden * per_token + 4 * shapes.trainable + workspace
+        # What the blocks return, where its gradient will lie; the adapters' gradients, all in one.  The input is the
+        # first block's checkpoint, and the forward pass' workspace is free when the backward pass needs one.
+        copies = shapes.hidden * per_token + 4 * shapes.trainable + workspace / WORKSPACES
         kept = inputs + (whole if whole > block else 0)
         peak = {
             "checkpoints": kept,

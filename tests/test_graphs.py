@@ -14,7 +14,7 @@ from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
 from qlora.optimize import graphs as graphs_module
 from qlora.optimize import llama
-from qlora.optimize.graphs import Graphs
+from qlora.optimize.graphs import Graphs, idle_memory
 
 
 class Pretended:
@@ -22,6 +22,7 @@ class Pretended:
 
     def __init__(self, run, hidden, others, parameters, flat, pool):
         self.run, self.parameters = run, parameters
+        self.idle = torch.empty(hidden.numel(), dtype=torch.uint8)
         assert flat.numel() == sum(parameter.numel() for parameter in parameters)
 
     def forward(self, hidden, others):
@@ -241,3 +242,49 @@ def test_it_is_captured_unless_told_otherwise(family, graphs):
     assert model.graphed_decoding is graphs
     base = model.base_model
     assert (getattr(base, "layers", base).graphs is not None) is graphs
+
+
+def test_memory_is_idle_between_the_passes_of_a_captured_step_only(blocks):
+    def run(hidden):
+        for block in blocks:
+            hidden = block(hidden)
+        return hidden
+
+    cpu = torch.device("cpu")
+    graphs, others = Graphs(), Graphs()
+    for captured in (False, True, True):
+        assert idle_memory(cpu) is None
+        out = graphs(run, blocks, torch.ones(2, 3, 4))
+        found = idle_memory(cpu)
+        assert (found is not None) == captured
+        if captured:
+            assert found.numel() == 2 * 3 * 4
+            assert idle_memory(torch.device("meta")) is None
+        out.sum().backward()
+    del out
+    for _ in range(2):
+        others(run, blocks, torch.ones(2, 5, 4)).sum().backward()
+    both = graphs(run, blocks, torch.ones(2, 3, 4)), others(run, blocks, torch.ones(2, 5, 4))
+    assert idle_memory(cpu).numel() == 2 * 5 * 4
+    del both
+    gc.collect()
+    assert idle_memory(cpu) is None
+
+
+def test_the_largest_free_block_of_the_pool_is_lent(monkeypatch):
+    def block(address, size, state="inactive"):
+        return {"address": address, "size": size, "state": state}
+
+    memory = [torch.arange(size, dtype=torch.uint8) for size in (8, 32, 64, 128)]
+    blocks = [block(part.data_ptr(), len(part)) for part in memory]
+    blocks[2]["state"] = "active_allocated"
+    segments = [
+        {"segment_pool_id": (0, 1), "blocks": blocks[:1]},
+        {"segment_pool_id": (0, 1), "blocks": blocks[1:3]},
+        {"segment_pool_id": (0, 2), "blocks": blocks[3:]},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    found = graphs_module._largest_free_in((0, 1), torch.device("cpu"))
+    assert found.data_ptr() == memory[1].data_ptr()
+    assert found.tolist() == list(range(32))
+    assert graphs_module._largest_free_in((0, 3), torch.device("cpu")).numel() == 0

@@ -14,6 +14,7 @@ from trl.trainer import utils as trl_utils
 from qkernels import aot
 from qkernels.tuning import LaunchConfig
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
+from qlora.integrations import trl as trl_integration
 
 VOCABULARY = 1000
 TILE = 64
@@ -118,3 +119,42 @@ def test_its_kernels_are_code_for_a_t4(direction):
     resources = aot.inspect(aot.Variant(f"TRL's {direction}", kernel, signature, constants, config), "sm_75")
     assert resources.faults() == []
     assert not resources.has_dot
+
+
+@pytest.mark.parametrize(("words", "lent", "tiles"), [(TILE, TILE, 16), (TILE, 2 * TILE, 16), (900, 700, 2)])
+def test_a_tile_lies_in_memory_that_is_lent(words, lent, tiles, monkeypatch):
+    """Which may be smaller than TRL's tile, and then there are more of them."""
+    rows = ROWS * (LENGTH - 1)  # without Triton those without a label too
+    memory = torch.zeros(rows * lent * 4 + 1, dtype=torch.uint8)
+    products = []
+    fold = chunked_logprob._forward_tile
+
+    def counted(tile, *arguments, **kwargs):
+        products.append(tile.data_ptr() == memory.data_ptr())
+        fold(tile, *arguments, **kwargs)
+
+    monkeypatch.setattr(chunked_logprob, "_forward_tile", counted)
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", words)
+    monkeypatch.setattr(trl_integration, "LEAST_WORDS", 256)
+    model = tuned("bloom", torch.float32)
+    expected = model(**batch(), fused_lm_head=True).loss
+    expected = expected, gradients(model, expected)
+    assert not any(products)
+    products.clear()
+    monkeypatch.setattr(trl_integration, "idle_memory", lambda device: memory)
+    loss = model(**batch(), fused_lm_head=True).loss
+    assert products == [True] * tiles
+    memory.fill_(255)  # not a number: nothing is expected to be there still
+    grads = gradients(model, loss)
+    assert not memory[: rows * TILE * 4].eq(255).all()
+    torch.testing.assert_close(loss, expected[0], rtol=0.0 if words == TILE else 1e-6, atol=0.0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_memory_that_is_too_small_is_left_alone(monkeypatch):
+    memory = torch.full((1000,), 7, dtype=torch.uint8)
+    monkeypatch.setattr(trl_integration, "idle_memory", lambda device: memory)
+    model = tuned("bloom", torch.float32)
+    gradients(model, model(**batch(), fused_lm_head=True).loss)
+    assert memory.eq(7).all()

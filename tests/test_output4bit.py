@@ -296,10 +296,8 @@ def test_messages(tmp_path):
 
 
 def test_an_older_trl_is_refused(monkeypatch):
-    from qlora.integrations.trl import join_trl
-
     monkeypatch.delattr(trl_utils, "_ChunkedLogProbFunction")
-    join_trl.cache_clear()
     with pytest.raises(UserError, match=r"quantize_embeddings: expected TRL 1.16"):
         quantized("bloom", True)
-    join_trl.cache_clear()
+    qlora.prepare_model_for_training(tiny_model("bloom"))
+    assert not hasattr(trl_utils, "_ChunkedLogProbFunction")

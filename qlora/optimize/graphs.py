@@ -5,6 +5,8 @@ launch one than it runs.  A graph launches all of them at once.  It has fixed sh
 padded to a multiple of `BUCKET` tokens, and inputs and gradients are copied.
 
 The graphs of all shapes share one memory pool.  Nothing in it outlives a step, so they may write over each other's.
+Between the forward and the backward pass only what is kept for the latter has to stay.  The rest is idle, and the loss
+may have it (`idle_memory`).
 """
 
 from __future__ import annotations
@@ -32,19 +34,29 @@ Run = Callable[..., Tensor]
 
 
 class _Ticket:
-    """Alive while a forward pass waits for its backward pass."""
+    """Alive while a forward pass waits for its backward pass.
+
+    Attributes:
+        idle: the memory that nothing uses meanwhile, uint8; see `idle_memory`.
+    """
+
+    def __init__(self, idle: Tensor) -> None:
+        self.idle = idle
 
 
 class BlocksGraph:
     """The two graphs of one shape.
 
     Args:
-        run: (hidden, *others) -> hidden.
+        run: (hidden, *others) -> hidden, a sum, whose gradient does not need its value.
         hidden: [batch, T, hidden size], as of every later call; the gradient flows to it if it requires one.
         others: tensors that `run` takes beside it, likewise; no gradient flows to them.
         parameters: the trainable ones that `run` uses.
         flat: float32, for the gradients of all of them.
         pool: of `torch.cuda.graph_pool_handle`.
+
+    Attributes:
+        idle: uint8, memory of the pool that nothing uses from the end of the forward pass to the backward pass.
     """
 
     def __init__(
@@ -63,26 +75,29 @@ class BlocksGraph:
         # thread_local: the data loader's threads may do as they like meanwhile.
         with torch.enable_grad(), torch.cuda.graph(self._forward, pool=pool, capture_error_mode="thread_local"):
             out = run(self._hidden, *self._others)
+        # It is read no more when its gradient is there, which takes its place.
         self._out = out.detach()
-        self._grad_out = torch.empty_like(self._out)
+        # The forward pass is done with cuBLAS' workspace as well.
+        torch._C._cuda_clearCublasWorkspaces()
+        self.idle = _largest_free_in(pool, hidden.device)
         with torch.cuda.graph(self._backward, pool=pool, capture_error_mode="thread_local"):
             grads = torch.autograd.grad(
-                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._grad_out
+                out, [*parameters, *([self._hidden] if hidden.requires_grad else [])], self._out
             )
             torch.cat([grad.reshape(-1) for grad in grads[: len(parameters)]], out=flat)
         self._grad_hidden = grads[-1] if hidden.requires_grad else None
         self._shapes = [parameter.shape for parameter in parameters]
 
     def forward(self, hidden: Tensor, others: tuple[Tensor, ...]) -> Tensor:
-        """What `run` returns."""
+        """What `run` returns, until the backward pass."""
         for static, tensor in zip((self._hidden, *self._others), (hidden, *others), strict=True):
             static.copy_(tensor)
         self._forward.replay()
-        return self._out.clone()
+        return self._out.detach()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of hidden and of the parameters, of the forward pass before."""
-        self._grad_out.copy_(grad)
+        self._out.copy_(grad)
         self._backward.replay()
         parts = self._flat.clone().split([shape.numel() for shape in self._shapes])
         grads = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -94,7 +109,7 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any, graphs: Graphs, graph: BlocksGraph, hidden: Tensor, others: tuple[Tensor, ...], *parameters: Any
     ) -> Tensor:
-        ctx.graph, ctx.ticket = graph, _Ticket()
+        ctx.graph, ctx.ticket = graph, _Ticket(graph.idle)
         graphs.waiting = weakref.ref(ctx.ticket)
         return graph.forward(hidden, others)
 
@@ -218,9 +233,31 @@ def uncounted_bytes() -> int:
     return sum(graphs._uncounted for graphs in _ALL)
 
 
+def idle_memory(device: torch.device) -> Tensor | None:
+    """Memory of graphs, uint8, that nothing uses while a forward pass waits for its backward pass; None if none does.
+
+    For what begins and ends between the two.  The allocator knows nothing of it.
+    """
+    tickets = [ticket for graphs in _ALL if (ticket := graphs.waiting()) is not None]
+    return max((t.idle for t in tickets if t.idle.device == device), key=Tensor.numel, default=None)
+
+
 def _uncounted_in(pool: Any) -> int:
-    segments = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] == pool]
-    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in _segments_of(pool))
+
+
+def _largest_free_in(pool: Any, device: torch.device) -> Tensor:
+    """The largest block of a pool that is free, which the pool may still give away: uint8, empty if there is none."""
+    free = [block for segment in _segments_of(pool) for block in segment["blocks"] if block["state"] == "inactive"]
+    memory = torch.empty(0, dtype=torch.uint8, device=device)
+    if free:
+        largest = max(free, key=lambda block: block["size"])
+        memory.set_(torch._C._construct_storage_from_data_pointer(largest["address"], device, largest["size"]))
+    return memory
+
+
+def _segments_of(pool: Any) -> list[dict[str, Any]]:
+    return [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] == pool]
 
 
 def can_capture(blocks: nn.Module, hidden: Tensor) -> bool:

@@ -8,6 +8,8 @@ from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
+from qlora.integrations import trl as trl_integration
+from qlora.optimize.graphs import idle_memory
 from qlora.optimize.recompute import RECOMPUTE
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +21,9 @@ def tuned(
     recompute: str = "block",
     dropout: float = 0.3,
     family: str = "bloom",
+    **sizes: int,
 ):
-    model = quantize_model(tiny_model(family, hidden_size=64).to(dtype), NF4Config()).cuda()
+    model = quantize_model(tiny_model(family, **({"hidden_size": 64} | sizes)).to(dtype), NF4Config()).cuda()
     optimize_model(prepare_model_for_training(model), graphs=graphs, recompute=recompute)
     torch.manual_seed(4)
     config = LoraConfig(
@@ -122,6 +125,34 @@ def test_accumulated_gradients():
     for (name, ours), theirs in zip(by_graph.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_the_loss_lies_in_the_graphs_memory_and_disturbs_nothing(family, monkeypatch):
+    """Large enough for a tile of 256 words, of a vocabulary that has more; each shape by graph more than once."""
+    monkeypatch.setattr(trl_integration, "LEAST_WORDS", 256)
+    trl_utils = pytest.importorskip("trl.trainer.utils")
+    by_graph, plain = (tuned(on, dropout=0.0, family=family, hidden_size=256, vocab_size=1000) for on in (True, False))
+    for model in (by_graph, plain):
+        trl_utils.add_fused_lm_head(model.get_base_model())
+    for number, (rows, length) in enumerate([(8, 128), (8, 128), (4, 64), (4, 64), (8, 128), (4, 64), (8, 128)]):
+        *found, idle_bytes = fused_gradients(by_graph, rows, length)
+        assert (idle_bytes >= rows * length * 256 * 2) == (number not in (0, 2))
+        assert_near(found, fused_gradients(plain, rows, length)[:2])
+    assert captured(by_graph) == 2
+
+
+def fused_gradients(model, rows: int, length: int):
+    """Loss and gradients of one step with TRL's loss, and how much memory is idle meanwhile."""
+    ids = tokens(rows, length).cuda()
+    model.zero_grad()
+    with torch.autocast("cuda", model.dtype):
+        loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    idle = idle_memory(ids.device)
+    loss.backward()
+    assert idle_memory(ids.device) is None
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, 0 if idle is None else idle.numel()
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])

@@ -179,7 +179,7 @@ class NF4Quantizer(HfQuantizer):
         head = model.get_output_embeddings()
         if isinstance(head, OutputLayer4bit):
             head.is_tied = _is_tied(model.get_input_embeddings(), head)
-            join_trl()
+            join_trl(required=True)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
