@@ -16,6 +16,7 @@ from torch import Tensor
 from .adapter import Drop, add_adapter_, gradients_of_both
 from .dispatch import ADAPTER_APART, ADAPTER_JOINED, DEQUANTIZE, choose, choose_adapter
 from .kernels.lora import Dropout, lora_down_triton, lora_grads_triton, lora_up_triton
+from .kernels.lora_backward import lora_backward_triton
 from .ops_cuda import (
     IMPLEMENTATIONS,
     contiguous_and_aligned,
@@ -27,7 +28,7 @@ from .ops_cuda import (
     product_of,
     product_wgmma,
 )
-from .tuning.lora import down_config, grads_config, up_config
+from .tuning.lora import backward_config, down_config, grads_config, up_config
 
 
 def lora_4bit(
@@ -101,21 +102,26 @@ def lora_4bit_backward(
     rows, x_rows = contiguous_and_aligned(grad).view(M, N), contiguous_and_aligned(x).view(M, K)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    is_dense = choose(product).implementation == DEQUANTIZE
+    decoded = partial(dequantize_4bit, B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
+    once = backward_config(M, N, lora_A.shape[0], drop is not None) if is_dense else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx and is_dense else grad.new_empty(0)
     with on_device_of(grad):
-        grad_inner = lora_down_triton(rows, lora_B, True, scaling, None, down_config(M, N, lora_A.shape[0], False))
-        lora_grads_triton(rows, x_rows, inner, grad_inner, grad_A, grad_B, drop, grads_config(M, drop is not None))
-        if not needs_dx:
-            dx = grad.new_empty(0)
-        elif how == ADAPTER_JOINED:
-            dx = product_wgmma(grad, B, product, absmax, quant_type, None, *nested, adapter=(lora_A, grad_inner))
-        elif choose(product).implementation == DEQUANTIZE:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), False, drop, up_config(M))
-            W = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
-            dx.view(M, K).addmm_(rows, W)
+        if once is not None:
+            update = dx.view(M, K) if needs_dx else None
+            lora_backward_triton(rows, x_rows, inner, lora_A, lora_B, scaling, drop, grad_A, grad_B, update, once)
         else:
-            dx = gemm_4bit_dx(grad, *weight, *nested)
-            lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), True, drop, up_config(M))
+            grad_inner = lora_down_triton(rows, lora_B, True, scaling, None, down_config(M, N, lora_A.shape[0], False))
+            lora_grads_triton(rows, x_rows, inner, grad_inner, grad_A, grad_B, drop, grads_config(M, drop is not None))
+            if needs_dx and is_dense:
+                lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), False, drop, up_config(M))
+            elif needs_dx and how == ADAPTER_JOINED:
+                dx = product_wgmma(grad, B, product, absmax, quant_type, None, *nested, adapter=(lora_A, grad_inner))
+            elif needs_dx:
+                dx = gemm_4bit_dx(grad, *weight, *nested)
+                lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), True, drop, up_config(M))
+        if needs_dx and is_dense:
+            dx.view(M, K).addmm_(rows, decoded())
     return dx, grad_A, grad_B
 
 

@@ -23,12 +23,22 @@ from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
+from .kernels.lora_backward import _lora_dy_kernel, _lora_sums_kernel, _lora_x_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
 from .kernels.matmul_wgmma import SUM_CONFIG, X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
-from .tuning.lora import DownConfig, TileConfig, down_config, grads_config, inner_parts, up_config
+from .tuning.lora import (
+    DownConfig,
+    TileConfig,
+    backward_config,
+    down_config,
+    grads_config,
+    inner_parts,
+    padded_rank,
+    up_config,
+)
 from .tuning.skinny import SkinnyConfig, skinny_config
 from .tuning.wgmma import WgmmaConfig, tiling
 
@@ -63,6 +73,7 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
         yield from _matmul_wgmma()
     if arch != "sm_75":  # `tl.dot` has no tensor cores there
         yield from _lora()
+        yield from _lora_backward()
     yield from _dropout()
     yield from _partial_sums()
     for blocksize in BLOCKSIZES:
@@ -229,6 +240,46 @@ def _lora() -> Iterator[Variant]:
         {"RANK": 16, "PARTS": config.parts, "ROWS": 64},
         config,
     )
+
+
+def _lora_backward() -> Iterator[Variant]:
+    """float32 and 16-bit factors, with dropout and without, with dx and without."""
+    threshold, kept_scale = threshold_and_scale(0.05)
+    for dtype, factors, r in (("fp16", "fp32", 16), ("bf16", "bf16", 8)):
+        for dropout in (False, True):
+            config = backward_config(2048, 12288, r, dropout)
+            assert config is not None
+            rank = {"RANK": padded_rank(r)}
+            tag = f"{dtype} factors {factors} r={r}{' dropout' if dropout else ''}"
+            A, B = ({f"{name}_ptr": f"*{factors}", f"grad_{name}_ptr": f"*{factors}"} for name in "AB")
+            seed: dict[str, str] = {"seed_ptr": "*i64"} if dropout else {}
+            mask = {"DROPOUT": dropout, "THRESHOLD": threshold, "KEPT_SCALE": kept_scale} if dropout else _NO_DROPOUT
+            sizes = dict.fromkeys(("M", "N", "r"), "i32:16") | {"part_steps": "i32"}
+            pointers = {"dy_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "v_ptr": "*fp32"} | B | {"grad_B_ptr": "*fp32"}
+            tile = {"ROWS": config.dy.rows, "COLUMNS": config.dy.columns}
+            yield Variant(
+                f"lora_dy {tag}", _lora_dy_kernel, pointers | sizes, {"SCALING": 2.0, **rank, **tile}, config.dy
+            )
+            sizes = dict.fromkeys(("M", "N", "r"), "i32:16")
+            sizes |= dict.fromkeys(("v_parts", "grad_B_parts", "programs_v"), "i32")
+            pointers = {"v_parts_ptr": "*fp32", "grad_B_parts_ptr": "*fp32", "v_ptr": f"*{dtype}"} | B
+            yield Variant(
+                f"lora_sums {tag}",
+                _lora_sums_kernel,
+                {name: kind for name, kind in pointers.items() if name != "B_ptr"} | sizes,
+                {"ROWS": config.sums.rows, **rank},
+                config.sums,
+            )
+            pointers = {"x_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "dx_ptr": f"*{dtype}"} | A | seed
+            tile = {"ROWS": config.x.rows, "COLUMNS": config.x.columns}
+            for needs_dx in (False, True):
+                yield Variant(
+                    f"lora_x {'dx ' if needs_dx else ''}{tag}",
+                    _lora_x_kernel,
+                    pointers | dict.fromkeys(("M", "K", "r"), "i32:16"),
+                    {"NEEDS_DX": needs_dx, **rank, **tile, **mask},
+                    config.x,
+                )
 
 
 # (N, K): query_key_value and dense_4h_to_h of Bloom-7B1, down_proj of Llama-2-7B, and a K that ends in half a chunk.

@@ -39,7 +39,7 @@ def load_inner(inner_ptr, rows, M, RANK: tl.constexpr, PARTS: tl.constexpr, DTYP
 
 
 @triton.jit
-def _load_factor(w_ptr, c, C, r, RANK: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr):
+def load_factor(w_ptr, c, C, r, RANK: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr):
     """[c, RANK] of B [C, r] (TALL) or of A [r, C], transposed; zeros past C and r."""
     j = tl.arange(0, RANK)
     if TALL:
@@ -81,7 +81,7 @@ def _lora_down_kernel(
         x = tl.load(x_ptr + offs, mask=(rows < M)[:, None] & (c < C)[None, :], other=0.0)
         if DROPOUT:
             x = dropped(x, offs, seed_ptr, THRESHOLD, KEPT_SCALE).to(x_ptr.dtype.element_ty)
-        w = _load_factor(w_ptr, c, C, r, RANK, TALL, x_ptr.dtype.element_ty)
+        w = load_factor(w_ptr, c, C, r, RANK, TALL, x_ptr.dtype.element_ty)
         acc = tl.dot(x, w, acc)
     out = (part.to(tl.int64) * M + rows)[:, None] * RANK + tl.arange(0, RANK)[None, :]
     tl.store(out_ptr + out, acc * SCALING, mask=(rows < M)[:, None])
@@ -121,7 +121,7 @@ def _lora_up_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = load_inner(inner_ptr, rows, M, RANK, PARTS, DTYPE)
-    w = _load_factor(w_ptr, c, C, r, RANK, TALL, DTYPE)
+    w = load_factor(w_ptr, c, C, r, RANK, TALL, DTYPE)
     out = tl.dot(inner, tl.trans(w))
     offs = rows.to(tl.int64)[:, None] * C + c[None, :]
     mask = (rows < M)[:, None] & (c < C)[None, :]
@@ -215,7 +215,7 @@ _launch_grads = Launcher(_lora_grads_kernel)
 Dropout = tuple[torch.Tensor, int, float]
 
 
-def _dropout_constants(dropout: Dropout | None) -> tuple[torch.Tensor | None, tuple[object, ...]]:
+def dropout_constants(dropout: Dropout | None) -> tuple[torch.Tensor | None, tuple[object, ...]]:
     return (None, (False, 0, 1.0)) if dropout is None else (dropout[0], (True, *dropout[1:]))
 
 
@@ -232,7 +232,7 @@ def lora_down_triton(
     r = w.shape[1 if tall else 0]
     rank = padded_rank(r)
     parts = torch.empty((config.parts, M, rank), dtype=torch.float32, device=x.device)
-    seed, constants = _dropout_constants(dropout)
+    seed, constants = dropout_constants(dropout)
     _launch_down(
         (-(-M // config.rows), config.parts, 1),
         (x, w, seed, parts),
@@ -266,7 +266,7 @@ def lora_up_triton(
         out: float16 or bfloat16 [M, C], contiguous.
     """
     M, C = out.shape
-    seed, constants = _dropout_constants(dropout)
+    seed, constants = dropout_constants(dropout)
     _launch_up(
         (-(-C // config.columns), -(-M // config.rows), 1),
         (inner, w, bias, seed, out),
@@ -304,7 +304,7 @@ def lora_grads_triton(
     """
     (M, N), K = dy.shape, x.shape[1]
     tiles_B = -(-N // config.columns)
-    seed, constants = _dropout_constants(dropout)
+    seed, constants = dropout_constants(dropout)
     _launch_grads(
         (tiles_B + -(-K // config.columns), 1, 1),
         (dy, x, u, v, seed, grad_A, grad_B),

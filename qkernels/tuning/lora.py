@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from . import LaunchConfig
+
 # Rows and rank up to which u is kept in parts, which who adds them holds in registers; and the parts.
 _PARTS_ROWS, _PARTS_RANK, _PARTS = 512, 16, 8
 _REGISTERS = 255  # left to itself, ptxas squeezes some variants into 72 and spills
@@ -82,3 +84,32 @@ def grads_config(M: int, dropout: bool) -> TileConfig:
     With dropout 32 columns, as 32 rows for `down`.  Parts of u are held in registers, for fewer rows.
     """
     return TileConfig(64 if M <= _PARTS_ROWS else 128, 32 if dropout else 64)
+
+
+class BackwardConfig(NamedTuple):
+    """Attributes:
+    dy, sums, x: of the three kernels.
+    parts: into which the rows of dy are split.
+    part_steps: steps of a part.
+    """
+
+    dy: TileConfig
+    sums: LaunchConfig
+    x: TileConfig
+    parts: int
+    part_steps: int
+
+
+def backward_config(M: int, N: int, r: int, dropout: bool) -> BackwardConfig | None:
+    """For the backward pass of an adapter on [N, K] from M rows; None where a kernel for each product reads less.
+
+    Fewer rows leave too little to read twice; and the parts of v and dB are as many bytes as dy for rank 64.
+    """
+    if M <= _PARTS_ROWS or r > _PARTS_RANK:
+        return None
+    dy = TileConfig(64, 128, max_registers=_REGISTERS)
+    steps = -(-M // dy.rows)
+    parts = max(1, min(steps, _PROGRAMS // -(-N // dy.columns)))
+    part_steps = -(-steps // parts)
+    x = TileConfig(128, 32 if dropout else 64, max_registers=_REGISTERS)
+    return BackwardConfig(dy, LaunchConfig(16, 4), x, -(-steps // part_steps), part_steps)

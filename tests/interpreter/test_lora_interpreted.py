@@ -7,7 +7,9 @@ import torch
 
 from qkernels.dropout import dropout_reference, threshold_and_scale
 from qkernels.kernels.lora import lora_down_triton, lora_grads_triton, lora_up_triton
-from qkernels.tuning.lora import DownConfig, TileConfig, down_config
+from qkernels.kernels.lora_backward import lora_backward_triton
+from qkernels.tuning import LaunchConfig
+from qkernels.tuning.lora import BackwardConfig, DownConfig, TileConfig, backward_config, down_config
 
 TILE = TileConfig(16, 32)
 
@@ -62,3 +64,39 @@ def test_an_adapters_kernels(M, N, K, r, p, factors):
     lora_grads_triton(dy, x, u, v, grad_A, grad_B, dropout, TILE)
     assert_near(grad_A, v_16.T @ kept.double(), 1e-3)
     assert_near(grad_B, dy.double().T @ u_16, 1e-3)
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "config"),
+    [
+        (70, 72, 130, 3, BackwardConfig(TileConfig(16, 32), LaunchConfig(16, 4), TileConfig(32, 64), 2, 3)),
+        (70, 700, 40, 16, BackwardConfig(TileConfig(32, 16), LaunchConfig(32, 4), TileConfig(16, 16), 1, 3)),
+        (513, 264, 72, 16, None),
+    ],
+)
+def test_a_backward_pass_that_reads_once(M, N, K, r, config, p, factors):
+    x, dy = half(M, K), half(M, N)
+    A, B = torch.randn(r, K).to(factors), torch.randn(N, r).to(factors)
+    dropout = None if p == 0 else (torch.tensor([2**62 + 12345]), *threshold_and_scale(p))
+    kept = x if dropout is None else dropout_reference(x, *dropout)
+    mask = torch.ones(M, K) if dropout is None else dropout_reference(torch.ones(M, K), *dropout)
+    u = lora_down_triton(x, A, False, 0.5, dropout, DownConfig(16, 32, 1, -(-K // 32), True))
+    v = 0.5 * dy.double() @ B.half().double()
+    config = config or backward_config(M, N, r, p > 0)
+    for needs_dx in (True, False):
+        grad_A, grad_B = torch.full((r, K), torch.nan).to(factors), torch.full((N, r), torch.nan).to(factors)
+        dx = torch.full((M, K), torch.nan).half() if needs_dx else None
+        lora_backward_triton(dy, x, u, A, B, 0.5, dropout, grad_A, grad_B, dx, config)
+        assert_near(grad_A, v.T @ kept.double(), 2e-3)
+        assert_near(grad_B, dy.double().T @ inner_of(u, r).double(), 1e-3)
+        if dx is not None:
+            assert_near(dx, (v @ A.half().double()) * mask.double(), 2e-3)
+
+
+def test_few_rows_and_high_ranks_have_a_kernel_for_each_product():
+    assert backward_config(512, 4096, 16, False) is None
+    assert backward_config(2048, 4096, 17, False) is None
+    config = backward_config(2048, 12288, 16, False)
+    assert config.parts * config.part_steps * config.dy.rows >= 2048 > (config.parts - 1) * config.part_steps * 64
