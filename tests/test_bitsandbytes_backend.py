@@ -6,6 +6,7 @@ CPU operators' place; the entry point itself is tested where the package is inst
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,45 @@ def test_unchanged_code_computes_what_nf4config_computes(tmp_path):
         """,
         str(folder),
     )
+
+
+def test_unchanged_trl_code_trains_as_on_bitsandbytes_own_kernels(tmp_path):
+    """transformers, peft and TRL, run twice: the environment alone says whose kernels compute."""
+    folder = save_tiny("llama", tmp_path / "float", hidden_size=64, intermediate_size=128)  # rows of whole blocks
+    script = """
+        import json, sys, torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from tokenizers import Tokenizer, models
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+        from trl import SFTConfig, SFTTrainer
+        from qkernels import bitsandbytes_backend
+        bitsandbytes_backend.register("cpu")
+
+        words = {f"w{number}": number for number in range(96)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+                                            eos_token="w95", pad_token="w0")
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.float32)
+        trainer = SFTTrainer(
+            model, processing_class=tokenizer,
+            args=SFTConfig(output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.02,
+                           logging_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", seed=0),
+            train_dataset=Dataset.from_dict({"input_ids": [[3 + row, 7, 9 + row, 4, 8] for row in range(8)]}),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        print(json.dumps([len(bitsandbytes_backend.registered),
+                          [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]]))
+        """
+    ours, theirs = (
+        json.loads(run(script, str(folder), str(tmp_path / switch), switch=switch).splitlines()[-1]) for switch in "10"
+    )
+    assert ours[0] > 0
+    assert theirs[0] == 0
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
+    assert len(ours[1]) == 3
+    assert ours[1][2] < ours[1][0]
 
 
 def test_an_operator_with_other_arguments_is_left_alone():
