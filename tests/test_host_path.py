@@ -248,14 +248,15 @@ def test_several_threads_launch_their_own(layer, compiled):
 
 
 def test_a_thread_enters_a_device_s_context_once(monkeypatch):
-    entered = []
+    entered, in_use = [], [False]
     monkeypatch.setattr(torch.cuda, "mem_get_info", entered.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use[0])
 
     def work():
         for device in (0, 0, 1, 1):
             _launch._enter_context(device)
 
-    for _ in range(2):
+    for in_use[0] in (False, True, True):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()

@@ -53,8 +53,9 @@ def _enter_context(device: int) -> None:
 
     CUDA's runtime does it at a thread's first call, and Triton before it launches.  But it makes descriptors before
     that, by the driver, which then says "invalid device context": in autograd's thread, where a product may come first.
+    Where CUDA is not in use, a launch is one that is only compiled.
     """
-    if getattr(_thread, "device", None) != device:
+    if getattr(_thread, "device", None) != device and torch.cuda.is_initialized():
         torch.cuda.mem_get_info(device)  # a call of the runtime that no capture minds
         _thread.device = device
 
