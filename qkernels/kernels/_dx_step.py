@@ -15,18 +15,11 @@ from ._lanes import load_shared, mma, store_shared
 
 @gluon.jit
 def load_step(
-    packed_ptr,
-    absmax_ptr,
-    absmax_8bit_ptr,
-    dy_ptr,
+    pointers,
+    place,
+    sizes,
     first,
-    column,
-    first_block,
-    lane,
     inside,
-    M,
-    N,
-    first_m,
     K: gl.constexpr,
     NESTED: gl.constexpr,
     NESTED_BLOCK: gl.constexpr,
@@ -35,7 +28,14 @@ def load_step(
     COLUMNS: gl.constexpr,
     BYTES: gl.constexpr,
 ):
-    """A step's words of W, stored scales, and dy.  Rows after the last are the last eight again, of a dy that is 0."""
+    """A step's words of W, stored scales, and dy.  Rows after the last are the last eight again, of a dy that is 0.
+
+    `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
+    first block of 64 k and the program's first row of dy, `sizes` are M and N.
+    """
+    packed_ptr, absmax_ptr, absmax_8bit_ptr, dy_ptr = pointers
+    lane, column, first_block, first_m = place
+    M, N = sizes
     n = first + lane % 4 * 8
     row = gl.minimum(n, N - 8)
     address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column

@@ -97,6 +97,9 @@ def _matmul_skinny_dx_kernel(
     first_step = gl.program_id(1) * part_steps
     steps = gl.minimum(part_steps, (N + (STEP - 1)) // STEP - first_step)
     first = (first_step + n_warp) * STEP
+    pointers = (packed_ptr, absmax_ptr, absmax_8bit_ptr, dy_ptr)
+    place = (lane, column, first_block, first_m)
+    sizes = (M, N)
 
     wait_for_all(thread)
     fill_table(shared, warp, lane, CODES, num_warps)
@@ -105,25 +108,7 @@ def _matmul_skinny_dx_kernel(
         let_next_begin(thread)
     inside = (n_warp < steps).to(gl.int32)
     w, stored, dy = load_step(
-        packed_ptr,
-        absmax_ptr,
-        absmax_8bit_ptr,
-        dy_ptr,
-        first,
-        column,
-        first_block,
-        lane,
-        inside,
-        M,
-        N,
-        first_m,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-        ALIGNED,
-        COLUMNS,
-        BYTES,
+        pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, COLUMNS, BYTES
     )
     offset = 0.0
     if NESTED:
@@ -139,25 +124,7 @@ def _matmul_skinny_dx_kernel(
         first += N_WARPS * STEP
         inside = ((turn + 1) * N_WARPS + n_warp < steps).to(gl.int32)
         w_then, stored_then, dy_then = load_step(
-            packed_ptr,
-            absmax_ptr,
-            absmax_8bit_ptr,
-            dy_ptr,
-            first,
-            column,
-            first_block,
-            lane,
-            inside,
-            M,
-            N,
-            first_m,
-            K,
-            NESTED,
-            NESTED_BLOCK,
-            QUANT_BLOCK,
-            ALIGNED,
-            COLUMNS,
-            BYTES,
+            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, COLUMNS, BYTES
         )
         if turn * N_WARPS + this_n_warp < steps:
             area = scale_area(map_address, warp, turn, BLOCKS, num_warps)
