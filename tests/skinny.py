@@ -1,5 +1,5 @@
-"""What the tests of the fused products share: weights, the truth in float64, how large an error may be, and how the
-backward product is launched from a compiled variant."""
+"""What the tests of the fused products share: weights, the truth in float64, how large an error may be, how the
+backward product is launched from a compiled variant, and the ways in which torch runs a product."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from exact import assert_bits_equal
 from torch import Tensor
 
 import qkernels
 from qkernels.format import code_table
 from qkernels.kernels.matmul_skinny_dx import dx_sum_constants
+from qkernels.known import scales_of
 from qkernels.reference import decode_absmax_reference
 from qkernels.variants import Variant, sum_variant
 
@@ -104,14 +106,34 @@ def run_dx(
 
 def scale_arguments(state: qkernels.QuantState) -> dict[str, Tensor]:
     """A kernel's arguments for plain or for doubly quantized scales."""
-    if not state.nested:
-        return {"absmax_ptr": state.absmax}
-    return {
-        "absmax_ptr": state.state2.absmax,
-        "absmax_8bit_ptr": state.absmax,
-        "absmax_code_ptr": state.state2.code,
-        "absmax_offset_ptr": state.offset,
-    }
+    absmax, nested = scales_of(state)
+    found = zip(("absmax_8bit_ptr", "absmax_code_ptr", "absmax_offset_ptr"), nested, strict=True)
+    return {"absmax_ptr": absmax} | {name: tensor for name, tensor in found if tensor is not None}
+
+
+def assert_torch_runs_it(product: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> None:
+    """On streams of their own, in a CUDA graph and in `torch.compile`, `product(x)` has the expected bits."""
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(4)]:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            results.append(product(x.neg().neg()))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_bits_equal(result, expected)
+
+    graph = torch.cuda.CUDAGraph()
+    inside = torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        y = product(inside)
+    inside.copy_(x)
+    graph.replay()
+    assert_bits_equal(y, expected)
+
+    for mode in ("default", "reduce-overhead"):
+        compiled = torch.compile(lambda x: product(x) * 2, fullgraph=True, mode=mode)
+        for _ in range(3):
+            assert_bits_equal(compiled(x).clone(), expected * 2)
 
 
 def _rms(values: Tensor) -> Tensor:

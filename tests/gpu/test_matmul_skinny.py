@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import assert_bits_equal
-from skinny import assert_accurate, exact_product, weight
+from skinny import assert_accurate, assert_torch_runs_it, exact_product, weight
 
 import qkernels
 from qkernels.dispatch import DEQUANTIZE, SKINNY
 from qkernels.kernels.matmul_skinny import matmul_skinny_triton
+from qkernels.known import scales_of
 from qkernels.tuning.skinny import skinny_config, skinny_limit
 
 pytestmark = pytest.mark.gpu
@@ -25,8 +26,7 @@ def sm() -> int:
 def fused(x, packed, state, bias=None):
     """The kernel's own result, into an output whose every element is NaN until it is written."""
     (N, K), M = state.shape, x.numel() // state.shape[1]
-    nested = (None, None, None) if not state.nested else (state.absmax, state.state2.code, state.offset)
-    scales = state.state2.absmax if state.nested else state.absmax
+    scales, nested = scales_of(state)
     out = torch.full((*x.shape[:-1], N), torch.nan, device="cuda", dtype=x.dtype)
     config = skinny_config(M, N, K, sm())
     matmul_skinny_triton(x, packed, scales, state.blocksize, state.quant_type, bias, out, config, *nested)
@@ -159,30 +159,7 @@ def test_streams_graphs_compilation_and_autocast():
     packed, state = weight(512, 1024, torch.float16)
     x = torch.randn(4, 1024, device="cuda", dtype=torch.float16)
     expected = fused(x, packed, state)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    results = []
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            late = x.neg().neg()
-            results.append(qkernels.matmul_4bit(late, packed, state))
-    torch.cuda.synchronize()
-    for result in results:
-        assert_bits_equal(result, expected)
-
-    graph = torch.cuda.CUDAGraph()
-    inside = torch.zeros_like(x)
-    with torch.cuda.graph(graph):
-        y = qkernels.matmul_4bit(inside, packed, state)
-    inside.copy_(x)
-    graph.replay()
-    assert_bits_equal(y, expected)
-
-    for mode in ("default", "reduce-overhead"):
-        compiled = torch.compile(lambda x: qkernels.matmul_4bit(x, packed, state) * 2, fullgraph=True, mode=mode)
-        for _ in range(3):
-            assert_bits_equal(compiled(x).clone(), expected * 2)
-
+    assert_torch_runs_it(lambda x: qkernels.matmul_4bit(x, packed, state), x, expected)
     with torch.autocast("cuda", torch.float16):
         assert_bits_equal(qkernels.matmul_4bit(x.float(), packed, state), expected)
 

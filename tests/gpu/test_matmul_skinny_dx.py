@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from exact import assert_bits_equal
-from skinny import assert_dx_accurate, exact_weight, weight
+from skinny import assert_dx_accurate, assert_torch_runs_it, exact_weight, weight
 
 import qkernels
 from qkernels.dispatch import SKINNY
 from qkernels.kernels.matmul_skinny_dx import matmul_skinny_dx_triton
+from qkernels.known import scales_of
 from qkernels.tuning.skinny_dx import skinny_dx_candidates, skinny_dx_config, skinny_dx_limit
 
 pytestmark = pytest.mark.gpu
@@ -24,8 +25,7 @@ def sm() -> int:
 def fused(dy, packed, state, config=None):
     """The kernels' own result, into an output whose every element is NaN until it is written."""
     (N, K), M = state.shape, dy.shape[0]
-    nested = (state.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
-    scales = state.state2.absmax if state.nested else state.absmax
+    scales, nested = scales_of(state)
     dx = torch.full((M, K), torch.nan, device="cuda", dtype=dy.dtype)
     config = config or skinny_dx_config(M, N, K, sm())
     matmul_skinny_dx_triton(dy, packed, scales, state.blocksize, state.quant_type, dx, config, *nested)
@@ -192,27 +192,7 @@ def test_streams_graphs_and_compilation():
     packed, state = weight(1024, 512, torch.float16)
     dy = gradient(4, 1024, torch.float16)
     expected = fused(dy, packed, state)
-    results = []
-    for stream in [torch.cuda.Stream() for _ in range(4)]:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            results.append(qkernels.matmul_4bit_dx(dy.neg().neg(), packed, state))
-    torch.cuda.synchronize()
-    for result in results:
-        assert_bits_equal(result, expected)
-
-    graph = torch.cuda.CUDAGraph()
-    inside = torch.zeros_like(dy)
-    with torch.cuda.graph(graph):
-        dx = qkernels.matmul_4bit_dx(inside, packed, state)
-    inside.copy_(dy)
-    graph.replay()
-    assert_bits_equal(dx, expected)
-
-    for mode in ("default", "reduce-overhead"):
-        compiled = torch.compile(lambda dy: qkernels.matmul_4bit_dx(dy, packed, state) * 2, fullgraph=True, mode=mode)
-        for _ in range(3):
-            assert_bits_equal(compiled(dy).clone(), expected * 2)
+    assert_torch_runs_it(lambda dy: qkernels.matmul_4bit_dx(dy, packed, state), dy, expected)
 
 
 def test_gradients():

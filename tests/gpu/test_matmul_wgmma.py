@@ -14,6 +14,7 @@ import qkernels
 from qkernels import dispatch
 from qkernels.dispatch import DEQUANTIZE, WGMMA
 from qkernels.kernels.matmul_wgmma import matmul_wgmma_triton
+from qkernels.known import scales_of
 from qkernels.tuning.wgmma import tiling, wgmma_config, wgmma_limit
 
 pytestmark = [
@@ -28,8 +29,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 def fused(x, packed, state, bias=None, backward=False, config=None):
     """The kernel's own result, into an output whose every element is NaN until it is written."""
     (N, K), M = state.shape, x.shape[0]
-    nested = (None, None, None) if not state.nested else (state.absmax, state.state2.code, state.offset)
-    scales = state.state2.absmax if state.nested else state.absmax
+    scales, nested = scales_of(state)
     out = torch.full((M, K if backward else N), torch.nan, device="cuda", dtype=x.dtype)
     config = config or wgmma_config(M, N, K, backward)
     matmul_wgmma_triton(
