@@ -40,6 +40,9 @@ from .report import Row, file_stem, read_csv, write_csv
 
 # Seeds with which the learning rate is chosen.
 SEEDS_TO_CHOOSE = 2
+# What takes longest to import, loaded once for all processes.  Not bitsandbytes nor what imports it, which starts CUDA:
+# no process that begins as a copy of another could use that.
+IMPORTED_ONCE = ["transformers.models.llama.modeling_llama", "transformers.generation", "datasets", "qkernels"]
 
 Task = tuple[Callable[[Case, Texts], list[Row]], Case]
 
@@ -95,7 +98,7 @@ def measure(options: argparse.Namespace) -> Path:
         try:
             for found in _measured(case, texts, options, Path(work)):
                 rows += found
-                rate = best_rate(rows, options.seeds[:SEEDS_TO_CHOOSE])
+                rate = _only(options.learning_rate) or best_rate(rows, options.seeds[:SEEDS_TO_CHOOSE])
                 path = write_csv(stem, [{**row, "chosen_rate": rate, **common} for row in rows])
                 print(f"{time.monotonic() - began:.0f} s: {rows[-1]['weights']}, seed {rows[-1]['seed']}", flush=True)
         except KeyboardInterrupt:
@@ -107,31 +110,41 @@ def measure(options: argparse.Namespace) -> Path:
 
 
 def _measured(case: Case, texts: Texts, options: argparse.Namespace, work: Path) -> Iterator[list[Row]]:
-    """The rows of each run as it ends: 16 bits at every learning rate, which chooses one, then all else at that one."""
+    """The rows of each run as it ends: 16 bits at every learning rate, which chooses one, then all else at that one.
+
+    Where there is only one learning rate, nothing waits for the choice.
+    """
     folders = {weights: work / str(number) for number, weights in enumerate(PREPARED)}
     others = [replace(case, weights=kind, prepared=folders.get(kind)) for kind in options.weights if kind != PLAIN]
-    choosing = options.seeds[:SEEDS_TO_CHOOSE]
-    tried = [replace(case, learning_rate=rate, seed=seed) for seed in choosing for rate in options.learning_rate]
-    todo = deque([*((prepare, one) for one in others if one.prepared), *((run, one) for one in tried)])
+    rate = _only(options.learning_rate)
+    choosing = options.seeds if rate is not None else options.seeds[:SEEDS_TO_CHOOSE]
+    tried = [replace(case, learning_rate=each, seed=seed) for seed in choosing for each in options.learning_rate]
+    todo: deque[Task] = deque([*((prepare, one) for one in others if one.prepared), *((run, one) for one in tried)])
     ready = [one for one in others if not one.prepared]
     rows: list[Row] = []
-    rate = None
 
-    def runs(cases: list[Case], seeds: Sequence[int]) -> list[Task]:
+    def runs(cases: list[Case], seeds: Sequence[int], rate: float) -> list[Task]:
         return [(run, replace(one, seed=seed, learning_rate=rate)) for seed in seeds for one in cases]
 
+    if rate is not None:
+        todo.extend(runs(ready, options.seeds, rate))
     for (function, done), found in _finished(todo, texts, options.processes or _processes_on(case.device)):
         if function is prepare:
             ready.append(done)
             if rate is not None:
-                todo.extendleft(reversed(runs([done], options.seeds)))
+                todo.extendleft(reversed(runs([done], options.seeds, rate)))
             continue
         yield found
         rows += found
         if rate is None and len({(row["learning_rate"], row["seed"]) for row in rows}) == len(tried):
             rate = best_rate(rows, choosing)
             print(f"learning rate {rate:g}", flush=True)
-            todo.extend([*runs([case], options.seeds[SEEDS_TO_CHOOSE:]), *runs(ready, options.seeds)])
+            todo.extend(runs([case], options.seeds[SEEDS_TO_CHOOSE:], rate))
+            todo.extend(runs(ready, options.seeds, rate))
+
+
+def _only(rates: Sequence[float]) -> float | None:
+    return rates[0] if len(rates) == 1 else None
 
 
 def _processes_on(device: str) -> int:
@@ -174,7 +187,9 @@ def _executor(processes: int) -> Iterator[Executor]:
         return
     # Ctrl-C goes to every process of a terminal; here it is the parent that ends the others.
     ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=ignore)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    workers = ProcessPoolExecutor(processes, context, initializer=ignore)
     try:
         yield workers
     finally:

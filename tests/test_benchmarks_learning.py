@@ -72,6 +72,30 @@ def test_processes_change_nothing(measured):
     assert found[0] == found[1]
 
 
+def test_of_several_learning_rates_one_is_chosen_for_the_rest(measured):
+    rows = measured("rates", "--seeds", "0", "1", "2", "--weights", ZERO, "--learning-rate", "0.01", "1e-4")
+    runs = {(row["weights"], row["learning_rate"], row["seed"]) for row in rows}
+    (rate,) = {row["chosen_rate"] for row in rows}
+    assert runs == {*((PLAIN, each, seed) for each in (0.01, 1e-4) for seed in (0, 1)), (PLAIN, rate, 2)} | {
+        (ZERO, rate, seed) for seed in (0, 1, 2)
+    }
+
+
+def test_one_learning_rate_needs_no_choice(measured, monkeypatch):
+    """All that needs no preparation is there to be run from the start, whatever ends first."""
+    began = []
+
+    def backwards(todo, texts, _):
+        began.extend(todo)
+        for function, case in reversed(began):
+            yield (function, case), function(case, texts)
+
+    monkeypatch.setattr(learning, "_finished", backwards)
+    rows = measured("one", "--weights", ZERO)
+    assert len(began) == 4
+    assert {row["chosen_rate"] for row in rows} == {0.01}
+
+
 def test_a_run_that_fails_leaves_the_others():
     todo, found = deque([(getitem, []), (getitem, [5]), (getitem, [6])]), []
     with pytest.raises(IndexError):
