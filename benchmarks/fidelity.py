@@ -185,13 +185,15 @@ def compare(folder: Path, precision: str, device: str, work: list[dict[str, Tens
         errors = relative_errors(steps.gradients(work[0]), truth)
         for batch in work:
             steps(batch)
+        yardstick = rows[0]["losses"] if rows else steps.losses
         row: report.Row = {
             "stack": stack,
             "precision": precision,
             "steps": len(work),
             "first_loss": steps.losses[0],
             "last_loss": steps.losses[-1],
-            "largest_loss_difference": _apart(steps.losses, rows[0]["losses"] if rows else steps.losses),
+            "largest_loss_difference": _apart(steps.losses, yardstick),
+            "relative_difference": max(abs(a / b - 1) for a, b in zip(steps.losses, yardstick, strict=True)),
             "largest_loss_error": _apart(steps.losses, exact.losses),
             **{f"grad_{part}_error": error for part, error in errors.items()},
             "skipped_steps": steps.skipped,
@@ -278,8 +280,9 @@ def run(options: argparse.Namespace) -> list[report.Row]:
 
 
 _SHOWN = (
-    *("family", "precision", "stack", "steps", "first_loss", "last_loss", "largest_loss_difference"),
-    *("largest_loss_error", "grad_A_error", "grad_B_error", "skipped_steps", "last_loss_scale", "verdict"),
+    *("family", "precision", "stack", "steps", "first_loss", "last_loss"),
+    *("largest_loss_difference", "relative_difference", "largest_loss_error", "grad_A_error", "grad_B_error"),
+    *("skipped_steps", "last_loss_scale", "verdict"),
 )
 
 

@@ -44,6 +44,9 @@ def test_another_computation_is_found(prompts_csv, tmp_path, monkeypatch):
     assert code == 1
     # The decoded weights of the yardstick of the gradients are not by this layer.
     assert {row["verdict"] for row in rows if row["stack"] == "qlora"} == {"differs"}
+    for theirs, ours in (rows[:2], rows[4:6]):
+        relative = [abs(loss / other - 1) for loss, other in zip(ours["losses"], theirs["losses"], strict=True)]
+        assert ours["relative_difference"] == max(relative) > 0
 
 
 def test_a_loss_that_is_not_finite_is_found(monkeypatch):
