@@ -147,7 +147,9 @@ class AdapterArguments(ModelArguments):
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str | None = option(None, "Base model; None: the one that the adapter was trained on.")  # type: ignore[assignment]
+    model_name_or_path: str | None = option(  # type: ignore[assignment]
+        None, "Base model; None: the one that the adapter was trained on.", aliases=["--model"]
+    )
     adapter_path: str | None = option(None, "Run folder of `qlora train`, or a folder with a PEFT adapter.")
 
 
@@ -234,7 +236,6 @@ _POSITIVE = (
     "max_samples",
     "learning_rate",
     "num_train_epochs",
-    "max_length",
     "logging_steps",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -252,7 +253,9 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "warmup_steps",
     "max_grad_norm",
-    "seed",
+    "adam_epsilon",
+    "neftune_noise_alpha",
+    "dataloader_num_workers",
     "temperature",
 )
 
@@ -263,7 +266,10 @@ def check_numbers(values: argparse.Namespace) -> list[str]:
     for names, holds, range_ in (
         (_POSITIVE, lambda value: value > 0, "more than 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (("lora_dropout",), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+        # A token is learned from those before it: texts of one token teach nothing, and their loss is 0.
+        (("max_length",), lambda value: value > 1, "more than 1"),
+        (("lora_dropout", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+        (("seed", "data_seed"), lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"),
     ):
         for name in names:
             value = getattr(values, name, None)

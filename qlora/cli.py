@@ -32,6 +32,7 @@ COMMANDS = {
 # What the library calls otherwise than the command line, which has TRL's names.
 _FLAGS = {
     "name_or_path": "--model_name_or_path",
+    "checkpoint": "--model_name_or_path",
     "target_modules": "--lora_target_modules",
     "quant_type": "--bnb_4bit_quant_type",
     "compress_statistics": "--use_bnb_nested_quant",

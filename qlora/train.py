@@ -147,12 +147,16 @@ def _making_trainer() -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, ImportError) as error:
-        raise UserError(
-            "configuration",
-            expected="settings that TRL's trainer accepts",
-            got=f"{type(error).__name__}: {error}",
-            remedy="Change the setting, or install the package, that it names.",
-        ) from error
+        raise _refused_by_trainer(error) from error
+
+
+def _refused_by_trainer(error: Exception) -> UserError:
+    return UserError(
+        "configuration",
+        expected="settings that TRL's trainer accepts",
+        got=f"{type(error).__name__}: {error}",
+        remedy="Change the setting, or install the package, that it names.",
+    )
 
 
 def _run(
@@ -179,6 +183,8 @@ def _run(
     began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except ImportError as error:  # the package of an optimizer is looked for only now
+        raise _refused_by_trainer(error) from error
     except RuntimeError as error:
         if "No executable batch size found" not in str(error):
             raise
@@ -290,11 +296,12 @@ def _whole(file: Path) -> bool:
 
 def _checkpoint_to_resume(folder: Path, resume: bool) -> str | None:
     if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            what = "holds a run or something else" if folder.is_dir() else "is a file"
             raise UserError(
                 "--output_dir",
                 expected="a new folder",
-                got=f"{str(folder)!r}, which holds a run or something else",
+                got=f"{str(folder)!r}, which {what}",
                 remedy="Choose another --output_dir, or go on with --resume.",
             )
         return None

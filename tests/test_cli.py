@@ -41,6 +41,13 @@ def test_every_command_refuses_an_unknown_flag(command, capsys):
     assert "unknown setting 'nonsense'" in refused(capsys, command, "--nonsense", "1")
 
 
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"demo"}))
+def test_every_command_takes_the_short_name_of_the_model(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "--model " in capsys.readouterr().out
+
+
 def test_an_unknown_command(capsys):
     message = refused(capsys, "trian")
     assert "'trian'" in message

@@ -237,6 +237,23 @@ def test_what_the_trainer_refuses_is_one_line_and_leaves_nothing(model, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_an_optimizer_whose_package_is_missing(model, tmp_path, capsys, monkeypatch):
+    def make(self):
+        raise ImportError("no foo")
+
+    monkeypatch.setattr("qlora.train.Trainer.create_optimizer", make)
+    message = refused(capsys, *train_flags(model, tmp_path / "run"))
+    assert "expected settings that TRL's trainer accepts, got ImportError: no foo." in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_run_folder(model, tmp_path, capsys):
+    (tmp_path / "run").touch()
+    message = refused(capsys, *train_flags(model, tmp_path / "run"))
+    assert "--output_dir: expected a new folder, got " in message
+    assert "which is a file" in message
+
+
 def test_several_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(capsys, "train")
