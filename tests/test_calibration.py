@@ -62,6 +62,57 @@ def test_it_is_saved_loaded_and_trained_as_before(folder, tmp_path):
     assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"blocksize": 32, "compress_statistics": False},
+        {"quant_type": "fp4", "quant_storage": torch.float16},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_the_format_stays_what_it_was(llama, settings):
+    """Numbers alone change: not the sizes, the names or the dtypes of anything, nor what is told about the format."""
+
+    def form(model):
+        layer = model.model.layers[1].mlp.up_proj
+        assert layer.quant_state is layer.weight.quant_state
+        state = {key: value for key, value in layer.quant_state.as_dict().items() if key != "nested_offset"}
+        parts = {"packed": layer.weight.data, **state}
+        return {key: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for key, v in parts.items()}
+
+    model = qlora.load_pretrained_4bit(llama, **{**FLOAT, **settings})
+    before, packed = form(model), model.model.layers[1].mlp.up_proj.weight.clone()
+    qlora.calibrate_from_float(model, llama, INPUTS)
+    assert form(model) == before
+    assert not torch.equal(model.model.layers[1].mlp.up_proj.weight.view(torch.uint8), packed.view(torch.uint8))
+
+
+def test_a_model_that_trains_goes_on_training(llama):
+    model = qlora.load_pretrained_4bit(llama, **FLOAT).train()
+    model.config.attention_dropout = 0.5  # what is measured is the model as it will be used: nothing is dropped
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    plain = qlora.load_pretrained_4bit(llama, **FLOAT)
+    qlora.calibrate_from_float(plain, llama, INPUTS)
+    qlora.calibrate_from_float(model, llama, INPUTS)
+    assert model.training
+    assert torch.equal(logits(model.eval()), logits(plain))
+
+
+def test_the_float_weights_are_those_of_the_revision(llama, monkeypatch):
+    asked = []
+
+    class Reader(qlora.calibration.TensorReader):
+        def __init__(self, name, revision):
+            asked.append((name, revision))
+            super().__init__(name)
+
+    monkeypatch.setattr(qlora.calibration, "TensorReader", Reader)
+    model = qlora.load_pretrained_4bit(llama, **FLOAT)
+    qlora.calibrate_from_float(model, llama, INPUTS, revision="v2")
+    assert asked == [(llama, "v2")]
+
+
 def test_with_the_adapters_start_it_comes_closer_still(folder):
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     left = []
