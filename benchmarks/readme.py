@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qlora.markdown import markdown_table
 
+from .aims import short_of
 from .environment import ROOT
 from .error.sections import usual
 from .figures import RESULTS, newest
@@ -27,8 +28,8 @@ README = ROOT / "README.md"
 MARKS = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL)
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
-# Name -> records, the command that makes them, and the table of their rows.
-TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
+# Name -> records, the command that makes them (none for several), and the table of their rows.
+TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
     "training": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", training),
     "around": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", around),
     "llama": (("llama-*.jsonl",), "python -m benchmarks.bloom7b1 --model llama-2-7b --layers 8", training),
@@ -38,6 +39,14 @@ TABLES: dict[str, tuple[tuple[str, ...], str, Callable[..., Table]]] = {
     "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
     "learning": (("learning-curves-*.csv",), "python -m benchmarks.learning", learning),
+    "aims": (
+        (
+            *("matmul*lora*.csv", "bloom-7b1-*.jsonl", "llama-*.jsonl", "plan-*.jsonl", "fidelity-*.jsonl"),
+            "learning-curves-*.csv",
+        ),
+        None,
+        short_of,
+    ),
     "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", usual),
 }
 
@@ -64,12 +73,14 @@ def _table(name: str, results: Path) -> str:
     if None in records:
         return ""
     head, body = make(*(rows for _, rows in records))
-    links = " and ".join(f"[{path.name}](benchmarks/results/{path.name})" for path, _ in records)
+    links = ", ".join(f"[{path.name}](benchmarks/results/{path.name})" for path, _ in records)
     first = records[0][1][0]
     where = first["gpu"] or f"{first['processor']} (CPU)"
-    source = f"From {links}: `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}."
+    source = f"From {links}"
+    if command is not None:
+        source += f": `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}"
     introduction = f"\n{INTRODUCTIONS[name]}\n" if name in INTRODUCTIONS else ""
-    return f"{introduction}\n{markdown_table(head, body)}\n\n{source}\n\n"
+    return f"{introduction}\n{markdown_table(head, body)}\n\n{source}.\n\n"
 
 
 def _newest(results: Path, pattern: str) -> tuple[Path, list[Row]] | None:

@@ -16,8 +16,8 @@ SHOWN_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
 def training(rows: list[Row]) -> Table:
     """Tokens a second and peak memory of each stack, a line a case."""
-    done = {key: row for key, row in _done(rows).items() if "tokens_per_s" in row}  # generating is no training
-    stacks = _stacks(done)
+    done = {key: row for key, row in done_of(rows).items() if "tokens_per_s" in row}  # generating is no training
+    stacks = stacks_of(done)
     body = []
     for name in dict.fromkeys(name for _, name in done):
         cells = [
@@ -32,8 +32,8 @@ def training(rows: list[Row]) -> Table:
 
 def around(rows: list[Row]) -> Table:
     """What is before and after training: seconds to load, and tokens a second to generate, with the peak memory."""
-    done = _done(rows)
-    stacks = _stacks(done)
+    done = done_of(rows)
+    stacks = stacks_of(done)
     loaded = {stack: row for (stack, _), row in done.items()}
     generated = {stack: done.get((stack, GENERATE)) for stack in stacks}
     body = [
@@ -52,12 +52,12 @@ def around(rows: list[Row]) -> Table:
     return ("bf16 (GPU peak, GiB)", *stacks), body
 
 
-def _done(rows: list[Row]) -> dict[tuple[str, str], Row]:
+def done_of(rows: list[Row]) -> dict[tuple[str, str], Row]:
     """(stack, case) -> what was measured in bfloat16."""
     return {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == "bf16"}
 
 
-def _stacks(done: Iterable[tuple[str, str]]) -> list[str]:
+def stacks_of(done: Iterable[tuple[str, str]]) -> list[str]:
     return sorted(dict.fromkeys(stack for stack, _ in done), key=lambda stack: stack != "qlora")
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra
 from PIL import Image
 
 from benchmarks import error_page, figures, plotting, readme
+from benchmarks.aims import aims_of, short_of
 
 
 def test_the_tables_are_current():
@@ -106,3 +107,53 @@ def test_what_is_around_training_has_a_blank_where_nothing_was_generated(tmp_pat
     assert "| bf16 (GPU peak, GiB) | qlora | other |" in text
     assert "| loading, s | 7.0 (4.0) | 8.0 (4.0) |" in text
     assert "| generating, tokens/s | 100 (6.0) |  |" in text
+
+
+@pytest.fixture(scope="module")
+def records():
+    """What the aims are held against."""
+    return [readme._newest(readme.RESULTS, pattern)[1] for pattern in readme.TABLES["aims"][0]]
+
+
+@pytest.mark.parametrize(
+    ("record", "changed", "keys", "what"),
+    [
+        (0, {"provider": "qkernels"}, ["median_us"], r"product|gradient|layer with|host"),
+        (1, {"stack": "qlora"}, ["tokens_per_s", "new_tokens_per_s"], r"Bloom-7B1.*(tokens/s|over)|generating"),
+        (1, {"stack": "qlora"}, ["gpu_peak_allocated_gib"], r"Bloom-7B1.*GPU peak"),
+        (2, {"stack": "qlora"}, ["tokens_per_s"], r"Llama"),
+        (3, {}, ["memory_error"], r"plan"),
+        (4, {}, ["largest_loss_difference"], r"losses step by step"),
+    ],
+)
+def test_an_aim_is_reached_or_not_as_its_record_says(records, record, changed, keys, what):
+    """One record a thousand times better, and a thousand times worse: these aims and no others follow it."""
+    before = {aim.what: aim.reached for aim in aims_of(*records)}
+    mine = {aim for aim in before if re.search(what, aim)}
+    assert mine
+    more_is_better = keys[0].endswith("tokens_per_s")
+    for factor in (1e-3, 1e3):
+        rows = [
+            row
+            | {key: row[key] * factor for key in keys if changed.items() <= row.items() and row.get(key) is not None}
+            for row in records[record]
+        ]
+        others = [*records[:record], rows, *records[record + 1 :]]
+        after = {aim.what: aim.reached for aim in aims_of(*others)}
+        assert after == before | dict.fromkeys(mine, (factor > 1) == more_is_better)
+        *missed, counted = short_of(*others)[1]
+        assert [line[0] for line in missed] == [aim for aim, reached in after.items() if not reached]
+        assert counted[0] == f"{sum(after.values())} of {len(after)} aims"
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_the_aim_of_learning_is_held_against_the_best_kind(records, factor):
+    *others, learning = records
+    rows = [
+        row
+        if row["weights"] == "16 bits"
+        else {**row, "losses": " ".join(str(float(loss) * factor) for loss in row["losses"].split())}
+        for row in learning
+    ]
+    *_, last = aims_of(*others, rows)
+    assert last.reached == (factor < 1)
