@@ -204,8 +204,30 @@ def test_the_command_writes_a_checkpoint_that_loads_anywhere(form, tmp_path, cap
     assert found[1] < 0.9 * found[0]
 
 
+def test_the_texts_that_the_command_takes(tmp_path, monkeypatch):
+    """The first ones of the file, cut, each once; what fills up a batch is behind them and masked."""
+    model, batches = save_model("llama", tmp_path / "float", hidden_size=64, intermediate_size=128), []
+
+    def calibrate(model, name, inputs, revision):
+        batches.extend(inputs)
+        return qlora.calibration.CalibrationReport(0.1, 0.05, 1)
+
+    monkeypatch.setattr("qlora.quantize.calibrate_from_float", calibrate)
+    texts = [" ".join(prompts()[0].split()[:length]) for length in (3, 20, 5, 1, 12, 2, 9, 4, 6, 7)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    flags = {"model_name_or_path": model, "dataset_name": tmp_path / "texts.txt", "output_dir": tmp_path / "made"}
+    flags |= {"use_cpu": "true", "max_samples": 9, "max_length": 8}
+    assert main(["quantize", *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    rows = [(ids[mask.bool()].tolist(), mask) for b in batches for ids, mask in zip(*b.values(), strict=True)]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert sorted(ids for ids, _ in rows) == sorted(tokenizer(text)["input_ids"][:8] for text in texts[:9])
+    assert all((mask.diff() <= 0).all() for _, mask in rows)
+
+
 def test_the_command_refuses_to_write_over_something(llama, tmp_path, capsys):
     assert "--output_dir" in refused(capsys, "quantize", "--model_name_or_path", str(llama))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     assert "there" in refused(capsys, "quantize", "--output_dir", str(tmp_path / "there"))
+    nowhere = tmp_path / "there" / "file" / "below"
+    assert "expected a place that can be written" in refused(capsys, "quantize", "--output_dir", str(nowhere))
