@@ -18,6 +18,7 @@ from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Product, choose
 from qkernels.kernels.matmul_skinny import matmul_skinny_triton
 from qkernels.kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from qkernels.kernels.matmul_wgmma import matmul_wgmma_triton
+from qkernels.known import scales_of
 from qkernels.tuning.skinny import SkinnyConfig, skinny_candidates, skinny_config
 from qkernels.tuning.skinny_dx import SkinnyDxConfig, skinny_dx_candidates, skinny_dx_config
 from qkernels.tuning.wgmma import WgmmaConfig, expected_us, wgmma_candidates, wgmma_config
@@ -74,10 +75,9 @@ def call_of(
 
     Args:
         x: [M, K], backward [M, N]; contiguous and aligned to 16 bytes.
-        packed, state: of a weight [N, K] in NF4 with doubly quantized scales.
+        packed, state: of a weight [N, K].
         out: what a fused product is written to; None allocates it anew at each call.
     """
-    assert state.state2 is not None
     config: Any = candidate.config
     bias: tuple[None, ...] = (None,)
     if candidate.implementation == SKINNY and product.backward:
@@ -93,8 +93,8 @@ def call_of(
         return lambda: x @ qkernels.dequantize_4bit(packed, state)
     else:
         return lambda: linear(x, qkernels.dequantize_4bit(packed, state), None)
-    scales = (state.state2.absmax, state.blocksize, state.quant_type)
-    nested = (state.absmax, state.state2.code, state.offset)
+    absmax, nested = scales_of(state)
+    scales = (absmax, state.blocksize, state.quant_type)
     size = (product.M, product.K if product.backward else product.N)
 
     def call() -> Tensor:

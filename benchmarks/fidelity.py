@@ -27,7 +27,6 @@ from qkernels.errors import UserError
 from qlora.checkpoint import check_writable
 from qlora.integrations.transformers import dequantize_model
 from qlora.loading import load_pretrained_4bit, prepare_model_for_training
-from qlora.markdown import markdown_table
 from qlora.optimize import optimize_model
 
 from . import data, report
@@ -288,17 +287,12 @@ _SHOWN = (
 
 def markdown(rows: list[report.Row], source: str) -> str:
     """The page made from the rows."""
-
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 1 else f"{value}"
-
     first = rows[0]
     return (
         f"# Step by step beside {YARDSTICK} on {first['gpu'] or first['processor']}\n\n"
         f"Made by `python -m benchmarks.fidelity` from `{source}`, which has every loss; commit {first['commit']}, "
         f"{first['date']}, torch {first['torch']}, bitsandbytes {first['bitsandbytes']}, peft {first['peft']}.\n\n"
-        + markdown_table(_SHOWN, [[cell(row.get(key)) for key in _SHOWN] for row in rows])
-        + "\n"
+        f"{report.plain_table(_SHOWN, rows)}\n"
     )
 
 

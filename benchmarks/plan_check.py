@@ -24,7 +24,6 @@ from transformers import AutoTokenizer
 from qlora.arguments import LoraArguments
 from qlora.gpus import find_gpu
 from qlora.loading import load_pretrained_4bit
-from qlora.markdown import markdown_table
 from qlora.memory import PARTS, Run, plan
 from qlora.optimize import optimize_model
 from qlora.roofline import step_time
@@ -175,15 +174,8 @@ def markdown(rows: list[report.Row], source: str) -> str:
         f"# {first['model']}: `qlora plan` beside what was measured on {first['gpu'] or first['processor']}\n\n"
         f"Made by `python -m benchmarks.plan_check` from `{source}`, commit {first['commit']}, {first['date']}, "
         f"torch {first['torch']}, {first['precision']}.\n\n"
-        + markdown_table(_SHOWN, [[_cell(row.get(key)) for key in _SHOWN] for row in rows])
-        + "\n"
+        f"{report.plain_table(_SHOWN, rows)}\n"
     )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,19 @@ def write(stem: Path, rows: list[Row], page: Callable[[list[Row], str], str]) ->
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with atomic_file(stem.with_suffix(".md")) as file:
         file.write_text(page(rows, stem.with_suffix(".jsonl").name), encoding="utf-8")
+
+
+def plain_table(keys: Sequence[str], rows: list[Row]) -> str:
+    """The rows' values under these keys, as Markdown; a dash where there is none."""
+    return markdown_table(keys, [[_cell(row.get(key)) for key in keys] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.3f}"
 
 
 def markdown(rows: list[Row], source: str) -> str:
