@@ -70,6 +70,15 @@ def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
     Raises:
         RuntimeError: a call cannot be captured.
     """
+    return percentiles(rotation(calls)(repeats))
+
+
+def rotation(calls: Sequence[Call]) -> Callable[[int], list[float]]:
+    """Capture a rotation of calls in one CUDA graph, for several looks at it: (repeats) -> each one's us a call.
+
+    Raises:
+        RuntimeError: a call cannot be captured.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -79,15 +88,19 @@ def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
     with torch.cuda.graph(captured):
         for call in calls:
             call()
-    captured.replay()
-    begins = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
-    for begin, end in zip(begins, ends, strict=True):
-        begin.record()
+
+    def look(repeats: int) -> list[float]:
         captured.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return percentiles([1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)])
+        begins = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+        for begin, end in zip(begins, ends, strict=True):
+            begin.record()
+            captured.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [1e3 * b.elapsed_time(e) / len(calls) for b, e in zip(begins, ends, strict=True)]
+
+    return look
 
 
 def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
@@ -106,13 +119,18 @@ def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
 
 def wall(call: Call, repeats: int = 5) -> Timing:
     """Time on a CPU; for trials of the script."""
+    return percentiles(clock(call, repeats))
+
+
+def clock(call: Call, repeats: int) -> list[float]:
+    """Microseconds of each call by a CPU's clock, after a first one."""
     call()
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         call()
         times.append(1e6 * (time.perf_counter() - begin))
-    return percentiles(times)
+    return times
 
 
 def percentiles(times_us: Sequence[float]) -> Timing:

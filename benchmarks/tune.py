@@ -15,10 +15,12 @@ for both dtypes.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 
 import torch
@@ -34,12 +36,17 @@ from .operations import FORMAT, OUTPUT_LAYER, GateError
 from .precompile import compile_ahead
 from .products import exact_weight
 from .report import Row
-from .run import ROTATION, shapes_of
-from .timing import Timing, graph, wall
+from .run import ROTATION, ROWS, shapes_of
+from .timing import clock, percentiles, rotation
 
 OPS = ("matmul", "matmul_dx")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# Replays in the short look at every candidate; then turns of replays, one candidate after the other in each, so that
+# a drift of the GPU's clock meets all; microseconds that a turn of one takes, where it is not a few replays only.
+SHORT, TURNS, TURN_US = 5, 4, 5000
+# Up to so much slower in the short look, a candidate is looked at again: several times what two short looks differ by.
+NEAR, MOST_NEAR = 1.06, 6
 Packed = tuple[Tensor, qkernels.QuantState]
+Look = Callable[[int], list[float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,42 +80,63 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
 
 
 def _point(asked: Product, x: Tensor, weights: list[Packed], truth: Tensor, own: Tensor) -> Iterator[Row]:
-    """A row for each candidate, and one more for each of those that are timed again."""
+    """A row for each candidate after a short look, and one more for each of those that may be the fastest."""
     taken = chosen(asked)
-    found = candidates(asked) if x.is_cuda else [taken]
-    times: dict[Candidate, float] = {}
-    for candidate in found:
+    looks: dict[Candidate, Look] = {}
+    first: dict[Candidate, float] = {}
+    limits = _errors(own, truth)
+    for candidate in candidates(asked) if x.is_cuda else [taken]:
         out = torch.full_like(truth, torch.nan, dtype=x.dtype)
-        _hold(candidate, call_of(candidate, asked, x, *weights[0], out)(), truth, own)
-        row = _timed(candidate, asked, x, weights, 1, candidate == taken)
-        times[candidate] = row["median_us"]
-        yield row
+        _hold(candidate, call_of(candidate, asked, x, *weights[0], out)(), truth, limits)
+        calls = [call_of(candidate, asked, x, *weight, None) for weight in weights]
+        looks[candidate] = rotation(calls) if x.is_cuda else partial(clock, calls[0])
+        times = looks[candidate](SHORT)
+        first[candidate] = statistics.median(times)
+        yield _row(candidate, taken, 1, times)
+    finalists = _finalists(first, taken)
+    again: dict[Candidate, list[float]] = {candidate: [] for candidate in finalists}
+    for _ in range(TURNS if x.is_cuda else 1):
+        for candidate in finalists:
+            again[candidate] += looks[candidate](_repeats(first[candidate] * len(weights)))
+    for candidate, times in again.items():
+        yield _row(candidate, taken, 2, times)
+
+
+def _finalists(first: dict[Candidate, float], taken: Candidate) -> list[Candidate]:
+    """What is chosen, the fastest of each implementation, and all that are nearly as fast as the fastest."""
     best = [
-        min((one for one in found if one.implementation == name), key=lambda one: times[one])
-        for name in dict.fromkeys(one.implementation for one in found)
+        min((one for one in first if one.implementation == name), key=lambda one: first[one])
+        for name in dict.fromkeys(one.implementation for one in first)
     ]
-    for candidate in dict.fromkeys([taken, *best]):
-        yield _timed(candidate, asked, x, weights, 2, candidate == taken)
+    limit = NEAR * min(first.values())
+    near = sorted((one for one in first if first[one] <= limit), key=lambda one: first[one])[:MOST_NEAR]
+    return list(dict.fromkeys([taken, *best, *near]))
 
 
-def _timed(candidate: Candidate, asked: Product, x: Tensor, weights: list[Packed], number: int, is_chosen: bool) -> Row:
-    calls = [call_of(candidate, asked, x, *weight, None) for weight in weights]
-    timing: Timing = graph(calls) if x.is_cuda else wall(calls[0])
+def _repeats(us: float) -> int:
+    """Of what takes so long, in one turn: enough for a median of all turns, but no more than a share of a second."""
+    return max(3, min(8, round(TURN_US / us)))
+
+
+def _row(candidate: Candidate, taken: Candidate, number: int, times: list[float]) -> Row:
     named = {"implementation": candidate.implementation, "configuration": candidate.configuration}
-    return {**named, "chosen": is_chosen, "round": number, **asdict(timing)}
+    return {**named, "chosen": candidate == taken, "round": number, **asdict(percentiles(times))}
 
 
-def _hold(candidate: Candidate, result: Tensor, truth: Tensor, own: Tensor) -> None:
-    """Hold a result against float64: errors at most twice those of torch's product in 16 bits, `own`.
+def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The largest error, and in root mean square."""
+    error = (result.double() - truth).abs_()
+    largest, rms = torch.stack([error.max(), error.square_().mean().sqrt()]).tolist()
+    return largest, rms
+
+
+def _hold(candidate: Candidate, result: Tensor, truth: Tensor, limits: tuple[float, float]) -> None:
+    """Hold a result against float64: errors at most twice `limits`, those of torch's product in 16 bits.
 
     Raises:
         GateError: it computes something else.
     """
-    errors, owns = (result.double() - truth).abs(), (own.double() - truth).abs()
-    for what, error, limit in (
-        ("maximum", errors.max(), owns.max()),
-        ("RMS", errors.square().mean().sqrt(), owns.square().mean().sqrt()),
-    ):
+    for what, error, limit in zip(("maximum", "RMS"), _errors(result, truth), limits, strict=True):
         if not error <= 2 * limit:
             named = f"{candidate.implementation} {candidate.configuration}"
             raise GateError(f"{what} error of {named} is {error:.3g}, of torch's product {limit:.3g}")
@@ -161,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     add_shape_flag(parser)
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16"])
-    add_rows_flag(parser, "1 to 2048")
+    add_rows_flag(parser, "1 to 4096")
     parser.add_argument("--seconds", type=float, help="begin no further point after so long, compiling not counted")
     return parser
 
