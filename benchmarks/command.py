@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,17 +19,47 @@ from . import data, report
 from .checkpoint import MODELS, ModelSize
 from .environment import environment
 
+# Flags whose values name places of a machine, or a commit, which has a column of its own.
+_PLACES = ("--out", "--commit", "--checkpoint", "--figure")
 _SIZES = ("layers", "hidden", "heads", "vocab")
 
 
 def parser_of(name: str, description: str | None, out_required: bool = True) -> argparse.ArgumentParser:
     """A parser for `python -m benchmarks.NAME`, with the flags that every benchmark has."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=out_required, help="folder for the results")
     parser.add_argument("--commit", help="for a copy without .git: the commit, with + appended when files differ")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves in `options.command` what was asked, as a record may say it."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options = super().parse_args(args, namespace)
+        options.command = f"{self.prog} {shlex.join(_anywhere(sys.argv[1:] if args is None else args))}".rstrip()
+        return options
+
+
+def _anywhere(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments without what is of one machine only: of a file its name, of the results their place here."""
+    given = iter(arguments)
+    for argument in given:
+        flag, _, value = argument.partition("=")
+        if flag not in _PLACES:
+            yield argument.rpartition("/")[2]
+            continue
+        if not value:
+            next(given, None)
+        if flag == "--out":
+            yield from ("--out", "benchmarks/results")
+
+
+def environment_of(options: argparse.Namespace, device: str) -> report.Row:
+    """What every row of a record says of the machine, the software and the command."""
+    return environment(device, commit=options.commit, command=options.command)
 
 
 def written(run: Callable[[argparse.Namespace], Path], options: argparse.Namespace, suffix: str) -> int:
@@ -108,7 +140,7 @@ def model_run(options: argparse.Namespace, prefix: str = "") -> ModelRun:
     size = model_size(options.model, **{name: getattr(options, name) for name in _SIZES})
     texts = data.read_prompts(options.data)
     check_writable(options.out)
-    common = {**environment(device, commit=options.commit), "model": size.name, **asdict(size)}
+    common = {**environment_of(options, device), "model": size.name, **asdict(size)}
     stem = report.file_stem(options.out, prefix + size.name, str(common["gpu"] or "cpu"), str(common["date"]))
     return ModelRun(device, size, texts, common, stem)
 
@@ -168,7 +200,7 @@ def measure_to_csv(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    common = environment(device, commit=options.commit)
+    common = environment_of(options, device)
     stem = report.file_stem(options.out, name, str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
     rows: list[report.Row] = []
     try:

@@ -28,21 +28,26 @@ LIBRARIES = (
 )
 
 
-def environment(device: str, *, commit: str | None = None) -> dict[str, str | bool | int | float | None]:
+def environment(
+    device: str, *, commit: str | None = None, command: str | None = None
+) -> dict[str, str | bool | int | float | None]:
     """Where and with what a measurement is made.
 
     Args:
         device: "cuda" or "cpu".
         commit: the commit of a copy that has no `.git`, with `+` appended when files differ from it; None asks git.
+        command: that makes the record; None where none does.
 
     Returns:
-        A flat dictionary: commit, dirty, date (UTC), python, a version for each library (None: not installed), device
-        name, compute capability, driver and CUDA versions (None on the CPU), processor, cores, host memory in GiB.
+        A flat dictionary: commit, dirty, command, date (UTC), python, a version for each library (None: not
+        installed), device name, compute capability, driver and CUDA versions (None on the CPU), processor, cores, host
+        memory in GiB.
     """
     revision, dirty = _commit(commit)
     return {
         "commit": revision,
         "dirty": dirty,
+        "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{name: _version(name) for name in LIBRARIES},

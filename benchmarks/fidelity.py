@@ -31,8 +31,7 @@ from qlora.optimize import optimize_model
 
 from . import data, report
 from .checkpoint import ModelSize, bloom_config
-from .command import add_data_flag, parser_of
-from .environment import environment
+from .command import add_data_flag, environment_of, parser_of
 from .providers import DTYPES, LEARNING_RATE, PROVIDERS
 
 YARDSTICK = "peft + bitsandbytes"
@@ -261,7 +260,7 @@ def run(options: argparse.Namespace) -> list[report.Row]:
     texts = data.read_prompts(options.data)
     check_writable(options.out)
     size = Size(options.layers, options.hidden, options.heads)
-    common: dict[str, Any] = {**environment(device, commit=options.commit), **vars(size)}
+    common: dict[str, Any] = {**environment_of(options, device), **vars(size)}
     stem = report.file_stem(options.out, "fidelity", str(common["gpu"] or "cpu"), str(common["date"]))
     tokenizer = data.train_tokenizer(texts, data.TOKENIZER_VOCABULARY)
     work = batches(tokenizer, texts[: options.prompts], options.steps, device)

@@ -32,8 +32,7 @@ from qlora.checkpoint import atomic_file, check_writable
 from qlora.demo import MODEL, prepare_model
 
 from . import data, plotting
-from .command import add_data_flag, parser_of
-from .environment import environment
+from .command import add_data_flag, environment_of, parser_of
 from .learning_curves import figure_of, summary
 from .learning_runs import EMBEDDINGS, PLAIN, PREPARED, WEIGHTS, Case, Texts, prepare, read_texts, run
 from .report import Row, file_stem, read_csv, write_csv
@@ -78,7 +77,7 @@ def measure(options: argparse.Namespace) -> Path:
         "model": MODEL,
         **{name: getattr(options, name) for name in ("steps", "rank", "decode_once")},
         "trained_on": len(options.train),
-        **environment(device, commit=options.commit),
+        **environment_of(options, device),
     }
     stem = file_stem(options.out, "learning-curves", str(common["gpu"] or "cpu"), str(common["date"]), ".csv")
     folder = str(prepare_model())

@@ -26,8 +26,7 @@ from qlora.checkpoint import check_writable
 from qlora.demo import MODEL
 
 from . import data, error_page
-from .command import add_data_flag, parser_of
-from .environment import environment
+from .command import add_data_flag, environment_of, parser_of
 from .error import check, model, outputs, records, weights
 from .error.distributions import DISTRIBUTIONS
 from .error.formats import FORMATS, NESTED_BLOCK, RIVALS
@@ -56,7 +55,7 @@ def _measure(options: argparse.Namespace) -> None:
         data.read_prompts(options.data)  # before minutes of work
     check_writable(options.out)
     weights.calibrate(options.format, device)
-    common = environment(device, commit=options.commit)
+    common = environment_of(options, device)
     for level in options.level:
         rows_of, line = LEVELS[level]
         rows = []

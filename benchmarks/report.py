@@ -232,7 +232,7 @@ def _environment(row: Row) -> str:
 
 _ENVIRONMENT = frozenset(
     (
-        *("commit", "dirty", "date", "python", *LIBRARIES),
+        *("commit", "dirty", "command", "date", "python", *LIBRARIES),
         *("gpu", "capability", "driver", "cuda", "processor", "cores", "host_memory_gib"),
         *("layers", "hidden", "heads", "vocab", "checkpoint_bytes"),
     )

@@ -26,6 +26,8 @@ def test_a_trial_leaves_a_row_for_each_provider(tmp_path, capsys):
     cases = {(row["op"], row["provider"]) for row in rows}
     assert {("copy", "torch"), ("dequantize", "bitsandbytes"), ("quantize", "qkernels")} <= cases
     assert all(row["torch"] == torch.__version__ and row["commit"] for row in rows)
+    said = "python -m benchmarks.run --op dequantize --op quantize --smoke --out benchmarks/results"
+    assert {row["command"] for row in rows} == {said}
     # Bytes of 64x128 float16 weights: themselves, half a byte each of codes, and the scales.
     expected = int(8192 * (2 + 1 / 2 + 1 / 64 + 4 / 16384))
     assert {int(row["bytes"]) for row in rows if row["op"] == "quantize"} == {expected}
@@ -145,6 +147,15 @@ def test_other_shapes_may_be_given(monkeypatch):
         (8, 64): "given",
     }
     assert (32000, 4096) in run.shapes_of(parse(["--op", "quantize"]))
+
+
+def test_a_command_is_told_without_places_of_the_machine():
+    parser = run._parser()
+    parser.add_argument("--data")
+    given = ["--op", "matmul", "--out=/tmp/x", "--commit", "abc+", "--data", "/home/me/texts.csv", "--m", "3"]
+    assert parser.parse_args(given).command == (
+        "python -m benchmarks.run --op matmul --out benchmarks/results --data texts.csv --m 3"
+    )
 
 
 def test_a_wrong_shape_is_told(capsys):
