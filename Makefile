@@ -37,15 +37,15 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/bench.json
 	if nvidia-smi >/dev/null 2>&1; then $(MAKE) bench-compare; fi
 
-# What the README's tables of kernels show, timed anew beside bitsandbytes; the ratios are held against the committed
-# records of the same GPU.
+# What the README's tables of kernels show, and whole models, timed anew beside bitsandbytes; the ratios are held against
+# the committed records of the same GPU.
 bench-compare: $(VENV)/dev.stamp
 	rm -rf build/bench
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out build/bench
 	$(BIN)/python -m benchmarks.run --op matmul --shape 12288x4096 --out build/bench \
 		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
-	$(BIN)/python -m benchmarks.run --op lora --out build/bench \
-		$(foreach shape,12288x4096 4096x4096 16384x4096,--shape $(shape))
+	$(BIN)/python -m benchmarks.run --op lora --out build/bench
+	$(BIN)/python -m benchmarks.run --op load --op train_step --op generate --out build/bench
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
 
 # Every way to compute a product, on an NVIDIA GPU; what the tables would better hold, and whether the dispatch chooses
@@ -87,7 +87,7 @@ records: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.quant_error --level outputs --data $(DATA) --out $(RESULTS)
 	$(MAKE) figures readme
 
-# Figures, error page and README tables, from the records in benchmarks/results.
+# Figures, error page and the tables of README and docs/benchmarks.md, from the records in benchmarks/results.
 figures: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.error_page

@@ -29,6 +29,30 @@ TOLERANCE = 0.03
 Name = tuple[str, str]
 
 
+class Point(NamedTuple):
+    """What a record says of one point.
+
+    Attributes:
+        product: the measured point.
+        chosen: what was chosen for it when it was measured.
+        times: microseconds of every candidate, as of `times`.
+    """
+
+    product: Product
+    chosen: Name
+    times: dict[Name, float]
+
+    @property
+    def slower(self) -> float:
+        """How many times the fastest candidate's time the chosen one takes."""
+        return self.times[self.chosen] / min(self.times.values())
+
+    def over_chosen(self, implementation: str) -> float | None:
+        """The time of an implementation's fastest candidate over that of the chosen one; None without a candidate."""
+        found = [us for name, us in self.times.items() if name[0] == implementation]
+        return min(found) / self.times[self.chosen] if found else None
+
+
 class Loss(NamedTuple):
     """Attributes:
     product: the measured point.
@@ -68,6 +92,18 @@ def times(rows: Iterable[Row]) -> dict[Product, dict[Name, float]]:
     return found
 
 
+def points(rows: list[Row]) -> list[Point]:
+    """Every point of a record, in its order."""
+    taken = {product_of(row): name_of(row) for row in rows if row["chosen"]}
+    return [Point(product, taken[product], measured) for product, measured in times(rows).items()]
+
+
+def mean_of(factors: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(factor) for factor in factors]
+    return math.exp(math.fsum(logs) / len(logs))
+
+
 def choose(product: Product) -> Name:
     """What the dispatch and the tables choose."""
     taken = candidates.chosen(product)
@@ -87,12 +123,27 @@ def too_slow(rows: Iterable[Row], choose: Callable[[Product], Name] = choose) ->
     return [loss for loss in losses(rows, choose) if not loss.share <= TOLERANCE]
 
 
-def text(loss: Loss) -> str:
-    """A line."""
-    product = loss.product
+def line(point: Point) -> str:
+    """A point as it was measured: what was chosen, what is the fastest, and the fastest of each implementation."""
+    best = min(point.times, key=lambda name: point.times[name])
+    shown = [f"{_where(point.product):42} {' '.join(point.chosen).strip()}: {point.times[point.chosen]:.1f} us"]
+    if point.slower > 1:
+        shown.append(f"{point.slower - 1:.1%} slower than {' '.join(best).strip()}")
+    for implementation in dict.fromkeys(name[0] for name in point.times):
+        least = min(us for name, us in point.times.items() if name[0] == implementation)
+        shown.append(f"{implementation} {least:.1f}")
+    return "; ".join(shown)
+
+
+def _where(product: Product) -> str:
     op = "matmul_dx" if product.backward else "matmul"
     dtype = str(product.dtype).removeprefix("torch.")
-    where = f"{op} {product.N}x{product.K} {dtype} M={product.M}"
+    return f"{op} {product.N}x{product.K} {dtype} M={product.M}"
+
+
+def text(loss: Loss) -> str:
+    """A line."""
+    where = _where(loss.product)
     best = f"{' '.join(loss.best).strip()}, {loss.best_us:.1f} us"
     if loss.chosen_us is None:
         return f"{where}: {' '.join(loss.chosen).strip()} is chosen and was not measured; the fastest is {best}"
@@ -106,7 +157,7 @@ def summary(rows: list[Row]) -> str:
     known = [loss.share for loss in found if loss.chosen_us is not None]
     lines = [text(loss) for loss in too_slow(rows)]
     if known:
-        mean = math.exp(math.fsum(math.log1p(share) for share in known) / len(known)) - 1
+        mean = mean_of(1 + share for share in known) - 1
         lines.append(
             f"{len(found)} points: what is chosen is {100 * mean:.1f}% slower than the fastest measured (geometric "
             f"mean), {100 * max(known):.1f}% at most"
@@ -116,21 +167,31 @@ def summary(rows: list[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check; 0, 1 where something slower is chosen, 2 without a record."""
-    record = record_of("choice", __doc__, arguments)
+    parser = record_parser("choice", __doc__)
+    parser.add_argument("--points", action="store_true", help="a line for every point as it was measured")
+    options = parser.parse_args(arguments)
+    record = record_of(options)
     if record is None:
         return 2
     rows = read_csv(record)
+    if options.points:
+        print(*map(line, points(rows)), sep="\n")
     print(f"{record.name}:", summary(rows), sep="\n")
     return 1 if too_slow(rows) else 0
 
 
-def record_of(name: str, description: str | None, arguments: Sequence[str] | None) -> Path | None:
-    """The record that the command `python -m benchmarks.NAME` is given, or the newest; None, and said, without any."""
+def record_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m benchmarks.NAME`, which reads a record."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest)")
-    record = parser.parse_args(arguments).record or newest(RESULTS)
+    return parser
+
+
+def record_of(options: argparse.Namespace) -> Path | None:
+    """The record that was given, or the newest; None, and said, without any."""
+    record: Path | None = options.record or newest(RESULTS)
     if record is None:
         print(f"error: no record of benchmarks.tune in {RESULTS}.", file=sys.stderr)
     return record

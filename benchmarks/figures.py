@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from qlora.checkpoint import atomic_file
 
-from . import learning_curves, plotting, throughput_figures
+from . import choice_figure, learning_curves, plotting, throughput_figures
 from .compare import RESULTS
 from .environment import ROOT
 from .error import check, figures, records
@@ -50,6 +50,7 @@ DRAWN = {
     "error-layers.png": Drawn("error-weights-*.csv", figures.layers, figures.is_of_layer),
     "error-outputs.png": Drawn("error-outputs-*.csv", figures.outputs, lambda row: True),
     "error-model.png": Drawn("error-model-*.csv", figures.model, lambda row: True),
+    "choice.png": Drawn("tune-*.csv", choice_figure.figure_of, lambda row: True),
     "learning.png": Drawn("learning-curves-*.csv", learning_curves.figure_of, lambda row: True),
 }
 for _op, _pattern in {"matmul": "matmul*.csv", "matmul_dx": "*matmul_dx*.csv", "lora": "*lora*.csv"}.items():

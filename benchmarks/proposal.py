@@ -14,7 +14,7 @@ from itertools import groupby
 
 from qkernels.dispatch import SKINNY, WGMMA, Product
 
-from .choice import Name, choose, record_of, times
+from .choice import Name, choose, record_of, record_parser, times
 from .report import Row, read_csv
 
 Points = dict[Product, dict[Name, float]]
@@ -88,7 +88,7 @@ def _wgmma_group(product: Product) -> tuple[object, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print; 0, or 2 without a record."""
-    record = record_of("proposal", __doc__, arguments)
+    record = record_of(record_parser("proposal", __doc__).parse_args(arguments))
     if record is None:
         return 2
     print(*lines(read_csv(record)), sep="\n")

@@ -1,4 +1,4 @@
-"""Write the README's tables from the newest records, between the marks that name them.
+"""Write the tables of the README and of docs/benchmarks.md from the newest records, between the marks that name them.
 
     python -m benchmarks.readme            # or: make readme
     python -m benchmarks.readme --check    # only says whether they are current; ends with 1 where not
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,14 +22,26 @@ from .aims import short_of
 from .environment import ROOT
 from .error.sections import usual
 from .figures import RESULTS, newest
-from .readme_tables import around, exercise, kernels, learning, lora, matmul, rivals, training
+from .readme_tables import (
+    around,
+    choice,
+    exercise,
+    host,
+    kernels,
+    learning,
+    lora,
+    matmul,
+    models,
+    rivals,
+    training,
+)
 from .report import Row
 
-README = ROOT / "README.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 MARKS = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL)
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
-# Name -> records, the command that makes them (none for several), and the table of their rows.
+# Name -> records, the command that makes them where a record does not say it (none for several), and their table.
 TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
     "training": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", training),
     "around": (("bloom-7b1-*.jsonl",), "python -m benchmarks.bloom7b1", around),
@@ -39,6 +52,9 @@ TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
     "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
     "learning": (("learning-curves-*.csv",), "python -m benchmarks.learning", learning),
+    "choice": (("tune-*.csv",), "python -m benchmarks.tune", choice),
+    "host": (("*linear4bit*.csv",), "python -m benchmarks.run --op linear4bit", host),
+    "models": (("*train_step*.csv",), "python -m benchmarks.run --op train_step", models),
     "aims": (
         (
             *("matmul*lora*.csv", "bloom-7b1-*.jsonl", "llama-*.jsonl", "plan-*.jsonl", "fidelity-*.jsonl"),
@@ -52,32 +68,38 @@ TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
 
 # What a table says before it, where there is a record.
 INTRODUCTIONS = {
+    "choice": "![What each implementation takes beside the chosen one, and what a choice loses](figures/choice.png)\n\n"
+    "Geometric means over the weights; an implementation's time is that of its fastest configuration:",
     "rivals": "Beside further rivals. INT4 is another format; a dash stands where one cannot run:",
     "learning": "**Learning**: held-out loss of a small model with LoRA, on NF4 as on 16 bits:",
 }
 
 
-def current(text: str, results: Path) -> str:
-    """The README with every table between marks made anew.
+def current(text: str, results: Path, to_results: str = "benchmarks/results") -> str:
+    """A page with every table between marks made anew.
+
+    Args:
+        to_results: the way from the page to the records, for its links.
 
     Raises:
         DisagreementError: a record of errors contradicts the theory.
         KeyError: a mark names no table.
     """
-    return MARKS.sub(lambda found: f"{found['begin']}{_table(found['name'], results)}{found['end']}", text)
+    return MARKS.sub(lambda found: f"{found['begin']}{_table(found['name'], results, to_results)}{found['end']}", text)
 
 
-def _table(name: str, results: Path) -> str:
+def _table(name: str, results: Path, to_results: str) -> str:
     patterns, command, make = TABLES[name]
     records = [_newest(results, pattern) for pattern in patterns]
     if None in records:
         return ""
     head, body = make(*(rows for _, rows in records))
-    links = ", ".join(f"[{path.name}](benchmarks/results/{path.name})" for path, _ in records)
+    links = ", ".join(f"[{path.name}]({to_results}/{path.name})" for path, _ in records)
     first = records[0][1][0]
     where = first["gpu"] or f"{first['processor']} (CPU)"
     source = f"From {links}"
     if command is not None:
+        command = first.get("command") or command
         source += f": `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}"
     introduction = f"\n{INTRODUCTIONS[name]}\n" if name in INTRODUCTIONS else ""
     return f"{introduction}\n{markdown_table(head, body)}\n\n{source}.\n\n"
@@ -99,17 +121,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    before = README.read_text(encoding="utf-8")
-    after = current(before, RESULTS)
-    if before == after:
-        print("the README's tables are current")
-        return 0
-    if options.check:
-        print("error: the README's tables are not those of the newest records. Run `make readme`.", file=sys.stderr)
-        return 1
-    README.write_text(after, encoding="utf-8")
-    print(f"written: {README}")
-    return 0
+    stale = {}
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = current(before, RESULTS, os.path.relpath(RESULTS, page.parent))
+        if before != after:
+            stale[page] = after
+    if not stale:
+        print("the tables are current")
+    for page, after in stale.items():
+        if options.check:
+            print(f"error: {page.name}'s tables are not the newest records'. Run `make readme`.", file=sys.stderr)
+        else:
+            page.write_text(after, encoding="utf-8")
+            print(f"written: {page}")
+    return 1 if options.check and stale else 0
 
 
 if __name__ == "__main__":

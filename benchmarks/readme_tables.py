@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
+
+from .choice import Point, mean_of, points
+from .compare import AGAIN
 from .learning_curves import curves_of
 from .learning_runs import PLAIN
 from .report import GENERATE, Row
@@ -144,6 +150,60 @@ def exercise(rows: list[Row]) -> Table:
         if row["hidden"] == "all"
     ]
     return ("by", "seconds for all", f"speed-up over {THEIRS}"), body
+
+
+def choice(rows: list[Row]) -> Table:
+    """A line for each direction and M, over all weights: what was chosen, what it loses, and what the others take."""
+    groups: dict[tuple[bool, int], list[Point]] = {}
+    for point in points(rows):
+        groups.setdefault((point.product.backward, point.product.M), []).append(point)
+    body = []
+    for (backward, m), those in sorted(groups.items()):
+        counts = Counter(point.chosen[0] for point in those)
+        taken = ", ".join(name if len(counts) == 1 else f"{name} ({count})" for name, count in counts.items())
+        slower = [point.slower for point in those]
+        others = []
+        for name in (DEQUANTIZE, SKINNY, WGMMA):
+            factors = [factor for point in those if (factor := point.over_chosen(name)) is not None]
+            others.append(f"{mean_of(factors):.2f}" if factors else "-")
+        losses = f"{mean_of(slower) - 1:.1%}", f"{max(slower) - 1:.1%}"
+        body.append((f"{'dX' if backward else 'y'}, M = {m}", taken, *losses, *others))
+    over = (f"{name}, time over the chosen" for name in (DEQUANTIZE, SKINNY, WGMMA))
+    return ("product", "chosen", "slower than the fastest measured", "at most", *over), body
+
+
+def host(rows: list[Row]) -> Table:
+    """What the host spends on a layer's call for one row, a line for each kind of call: the weight changes nothing."""
+    kinds = {"linear4bit": "inference", "linear4bit_training": "an input that needs a gradient"}
+    found = [row for row in rows if row["op"] in kinds and (row["method"], row["status"]) == ("host", "ok")]
+    providers = list(dict.fromkeys(row["provider"] for row in found if not row["provider"].endswith(AGAIN)))
+    body = []
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in found):
+        cells = [f"{kinds[op]}, {dtype}"]
+        for provider in providers:
+            those = (row for row in found if (row["op"], row["dtype"], row["provider"]) == (op, dtype, provider))
+            times = [row["median_us"] for row in those]
+            cells.append(f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})")
+        body.append(cells)
+    return ("host's part of a call, M = 1; µs, over the weights (least to most)", *providers), body
+
+
+def models(rows: list[Row]) -> Table:
+    """A line for each operation, M and dtype, a column for each stack: its time, and the most that the GPU holds."""
+    names = {"load": "loading", "train_step": "training step, {} tokens", "generate": "generating"}
+    found = [row for row in rows if row["op"] in names and not row["provider"].endswith(AGAIN)]
+    stacks = sorted(dict.fromkeys(row["provider"] for row in found), key=lambda stack: stack != "qlora")
+    body: dict[tuple[object, ...], dict[str, str]] = {}
+    for row in found:
+        cell = "-"
+        if row["status"] == "ok":
+            cell = f"{row['median_us'] / 1e3:,.1f}"
+            cell += "" if row["peak_mib"] is None else f" ({row['peak_mib'] / 1024:.1f})"
+        body.setdefault((names[row["op"]].format(row["m"]), row["dtype"]), {})[row["provider"]] = cell
+    head = f"{found[0]['model']}; ms (GPU peak, GiB)"
+    return (head, *stacks), [
+        (f"{name}, {dtype}", *(cells.get(stack, "") for stack in stacks)) for (name, dtype), cells in body.items()
+    ]
 
 
 def learning(rows: list[Row]) -> Table:

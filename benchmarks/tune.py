@@ -75,8 +75,8 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
                     return
                 asked = _asked(op, shape, dtype, m, device)
                 base = {"op": op, "rows": shape[0], "columns": shape[1], "dtype": dtype, "m": m}
-                for row in _point(asked, inputs[:m], weights, truth[:m], own[:m]):
-                    yield {**base, **row}
+                point = list(_point(asked, inputs[:m], weights, truth[:m], own[:m]))  # whole, or not in the record
+                yield from ({**base, **row} for row in point)
 
 
 def _point(asked: Product, x: Tensor, weights: list[Packed], truth: Tensor, own: Tensor) -> Iterator[Row]:
@@ -98,8 +98,10 @@ def _point(asked: Product, x: Tensor, weights: list[Packed], truth: Tensor, own:
     for _ in range(TURNS if x.is_cuda else 1):
         for candidate in finalists:
             again[candidate] += looks[candidate](_repeats(first[candidate] * len(weights)))
+    fastest = min(map(statistics.median, again.values()))
     for candidate, times in again.items():
-        yield _row(candidate, taken, 2, times)
+        row = _row(candidate, taken, 2, times)
+        yield {**row, "times_fastest": row["median_us"] / fastest}
 
 
 def _finalists(first: dict[Candidate, float], taken: Candidate) -> list[Candidate]:
@@ -120,7 +122,8 @@ def _repeats(us: float) -> int:
 
 def _row(candidate: Candidate, taken: Candidate, number: int, times: list[float]) -> Row:
     named = {"implementation": candidate.implementation, "configuration": candidate.configuration}
-    return {**named, "chosen": candidate == taken, "round": number, **asdict(percentiles(times))}
+    seen = {"chosen": candidate == taken, "round": number, **asdict(percentiles(times)), "times_fastest": None}
+    return {**named, **seen}
 
 
 def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:

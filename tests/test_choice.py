@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
-from benchmarks import candidates, choice, proposal, tune
+from benchmarks import candidates, choice, choice_figure, proposal, readme_tables, tune
 from benchmarks.operations import SHAPES
 from benchmarks.report import read_csv, write_csv
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
@@ -58,8 +58,10 @@ def record(tmp_path):
         product = Product(m, 4096, 4096, torch.float16, (9, 0), backward=op == "matmul_dx")
         taken = candidates.chosen(product)
         times = {(one.implementation, one.configuration, 1): 10.0 for one in candidates.candidates(product)}
-        rows += _rows(times | {(taken.implementation, taken.configuration, 1): 9.0}, m, op)
-    return write_csv(tmp_path / "tune-test", [{**row, "date": "2026-11-25"} for row in rows])
+        name = taken.implementation, taken.configuration
+        rows += [row | {"chosen": choice.name_of(row) == name} for row in _rows(times | {(*name, 1): 9.0}, m, op)]
+    common = {"date": "2026-11-25", "commit": "c" * 40, "dirty": False, "gpu": "GPU"}
+    return write_csv(tmp_path / "tune-test", [row | common for row in rows])
 
 
 def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
@@ -69,6 +71,28 @@ def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
     assert choice.main([str(record)]) == 1
     said = capsys.readouterr().out
     assert "matmul 4096x4096 float16 M=8: dequantize + cuBLAS, 10.0 us is 11.1% slower than fused skinny" in said
+
+
+def test_every_point_is_told_with_its_alternatives(record, capsys):
+    assert choice.main([str(record), "--points"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("matmul")]
+    assert len(lines) == 4
+    assert lines[0].startswith("matmul 4096x4096 float16 M=8")
+    assert "9.0 us; dequantize + cuBLAS 10.0; fused skinny 9.0; fused wgmma 10.0" in lines[0]
+
+
+def test_the_table_and_the_figure_of_the_choices(record):
+    rows = read_csv(record)
+    slow = next(row for row in rows if row["implementation"] == WGMMA and row["m"] == 8)
+    slow["median_us"] = 6.0
+    _, body = readme_tables.choice(rows)
+    assert [line[0] for line in body] == ["y, M = 8", "y, M = 64", "y, M = 4096", "dX, M = 64"]
+    assert body[0] == ("y, M = 8", SKINNY, "50.0%", "50.0%", "1.11", "1.00", "0.67")
+    assert body[2] == ("y, M = 4096", DEQUANTIZE, "0.0%", "0.0%", "1.00", "-", "1.11")
+    above, _, below, _ = choice_figure.figure_of(rows).axes
+    assert sorted(below.lines[0].get_ydata()) == pytest.approx([0, 0, 50])
+    (wgmma,) = [line for line in above.lines if line.get_label() == WGMMA]
+    assert list(wgmma.get_ydata()) == pytest.approx([6 / 9, 1, 10 / 9])
 
 
 def test_a_point_is_read_back_as_it_was_asked(record):
@@ -102,6 +126,14 @@ def test_a_trial_leaves_a_record_that_can_be_checked(tmp_path):
     assert {(row["op"], row["m"], row["round"]) for row in rows} == {
         (op, m, number) for op in ("matmul", "matmul_dx") for m in (1, 16) for number in (1, 2)
     }
+    assert {(row["round"], row["times_fastest"]) for row in rows} == {(1, None), (2, 1.0)}
+
+
+def test_what_may_be_the_fastest_is_looked_at_again():
+    taken, near, far, best = (candidates.Candidate(SKINNY, config) for config in range(4))
+    other, another = candidates.Candidate(DEQUANTIZE, 4), candidates.Candidate(DEQUANTIZE, 5)
+    first = {taken: 20.0, near: 10.5, far: 11.0, best: 10.0, other: 30.0, another: 31.0}
+    assert set(tune._finalists(first, taken)) == {taken, best, near, other}
 
 
 def test_a_candidate_that_computes_something_else_is_not_timed(monkeypatch):

@@ -14,23 +14,35 @@ from PIL import Image
 
 from benchmarks import error_page, figures, plotting, readme
 from benchmarks.aims import aims_of, short_of
+from benchmarks.report import write_csv
 
 
-def test_the_tables_are_current():
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.current(text, readme.RESULTS) == text, "run `make readme`"
+def test_the_tables_are_current(capsys):
+    assert readme.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_table_of_another_time_is_seen(monkeypatch, tmp_path, capsys):
+    """Whichever page it is on."""
+    for page in readme.PAGES:
+        changed = tmp_path / page.name
+        changed.write_text("<!-- table: host -->\nof another time\n<!-- end of table -->", encoding="utf-8")
+        monkeypatch.setattr(readme, "PAGES", (changed,))
+        assert readme.main(["--check"]) == 1
+        assert page.name in capsys.readouterr().err
+        assert readme.main([]) == 0
+        assert readme.main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/optimize.md", "docs/error.md"])
 def test_every_record_that_a_page_names_is_there(page):
-    text = (readme.README.parent / page).read_text(encoding="utf-8")
+    text = (readme.ROOT / page).read_text(encoding="utf-8")
     for pattern in re.findall(r"`([\w-]+-\*\.(?:md|csv|jsonl))`", text):
         assert list(readme.RESULTS.glob(pattern)), f"{page} names {pattern}"
 
 
 def test_every_table_has_its_place():
-    text = readme.README.read_text(encoding="utf-8")
-    assert {found["name"] for found in readme.MARKS.finditer(text)} == set(readme.TABLES)
+    text = "".join(page.read_text(encoding="utf-8") for page in readme.PAGES)
+    assert sorted(found["name"] for found in readme.MARKS.finditer(text)) == sorted(readme.TABLES)
 
 
 def test_a_changed_record_changes_the_table(tmp_path):
@@ -157,3 +169,46 @@ def test_the_aim_of_learning_is_held_against_the_best_kind(records, factor):
     ]
     *_, last = aims_of(*others, rows)
     assert last.reached == (factor < 1)
+
+
+def test_a_table_names_the_command_of_its_record(tmp_path):
+    row = {"hidden": "all", "provider": "qkernels", "seconds": 1.0, "times_bitsandbytes": 1.5}
+    row |= {"commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01"}
+    mark = "<!-- table: exercise -->\n<!-- end of table -->"
+    write_csv(tmp_path / "nf4-exercise-a", [row])
+    assert "`python -m benchmarks.nf4_exercise` at" in readme.current(mark, tmp_path)
+    write_csv(tmp_path / "nf4-exercise-b", [{**row, "command": "python -m benchmarks.nf4_exercise --trials 7"}])
+    text = readme.current(mark, tmp_path, "../records")
+    assert "`python -m benchmarks.nf4_exercise --trials 7` at commit ccccccccc on GPU, 2026-01-01." in text
+    assert "[nf4-exercise-b.csv](../records/nf4-exercise-b.csv)" in text
+
+
+def test_the_tables_of_whole_models_and_of_the_hosts_part(tmp_path):
+    base = {"commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01", "model": "small", "dtype": "float16"}
+    models = [
+        base | {"op": op, "m": m, "provider": name, "status": status, "median_us": us, "peak_mib": 2048.0}
+        for op, m, name, status, us in (
+            ("copy", None, "torch", "ok", 1.0),
+            ("train_step", 128, "bitsandbytes", "ok", 2000.0),
+            ("train_step", 128, "qlora", "ok", 1000.0),
+            ("train_step", 128, "qlora, again", "ok", 1001.0),
+            ("generate", 1, "bitsandbytes", "not run", None),
+        )
+    ]
+    write_csv(tmp_path / "load-train_step-gpu", models)
+    text = readme.current("<!-- table: models -->\n<!-- end of table -->", tmp_path)
+    assert "| small; ms (GPU peak, GiB) | qlora | bitsandbytes |" in text
+    assert "| training step, 128 tokens, float16 | 1.0 (2.0) | 2.0 (2.0) |" in text
+    assert "| generating, float16 |  | - |" in text
+    host = [
+        base
+        | {"op": "linear4bit", "rows": 8, "columns": 4, "method": method, "status": "ok", "provider": name}
+        | {"median_us": us}
+        for method, name, us in (
+            *(("host", "qkernels", us) for us in (9.0, 9.5, 14.0)),
+            *(("host", "torch", 11.0), ("graph", "qkernels", 5.0)),
+        )
+    ]
+    write_csv(tmp_path / "linear4bit-gpu", host)
+    text = readme.current("<!-- table: host -->\n<!-- end of table -->", tmp_path)
+    assert "| inference, float16 | 9.5 (9.0 to 14.0) | 11.0 (11.0 to 11.0) |" in text
