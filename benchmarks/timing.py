@@ -3,7 +3,8 @@
 * `flushed`: the L2 cache is emptied before every call, and events stand around the call.  Emptying it takes the GPU
   longer than the host takes to launch the call, so no wait for the host is in the time.
 * `graph`: calls over enough different inputs to overflow the L2 cache, captured in one CUDA graph; no launch gaps.
-* `host`: a CPU's clock around calls that are not waited for: what the host spends on a call, where the GPU is faster.
+* `host`: a CPU's clock around calls that are not waited for, rivals in turns: what the host spends on a call, where the
+  GPU is faster.
 * `wall`: a CPU's clock around the call, for trials.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,18 +104,22 @@ def rotation(calls: Sequence[Call]) -> Callable[[int], list[float]]:
     return look
 
 
-def host(call: Call, calls: int = 200, rounds: int = 26) -> Timing:
-    """Time the host's part of a call: a round is many calls, waited for after its end only, and too few to fill the
-    queue of launches, where the host would wait for the GPU."""
-    times = []
+def host(calls: Mapping[str, Call], repeats: int = 50, rounds: int = 101) -> dict[str, Timing]:
+    """Time the host's part of several calls, in turns, so that what else the machine does meets all alike.
+
+    In a round each is called so often, and waited for before and after only: too short a time for other processes to
+    meet most rounds, and too few calls to fill the queue of launches, where the host would wait for the GPU.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append(1e6 * (time.perf_counter() - begin) / calls)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times[name].append(1e6 * (time.perf_counter() - begin) / repeats)
     torch.cuda.synchronize()
-    return percentiles(times[1:])  # the first one warms up
+    return {name: percentiles(those[1:]) for name, those in times.items()}  # the first round warms up
 
 
 def wall(call: Call, repeats: int = 5) -> Timing:

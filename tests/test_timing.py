@@ -62,5 +62,22 @@ def test_a_wait_within_the_call_is(machine):
     assert timing.flushed(call).median_us == pytest.approx(10 + 40 + 10, abs=5)
 
 
+def test_what_else_the_host_does_meets_all_calls_alike(machine):
+    """It does so from the middle of the measurement on, so that one call after the other would be told apart."""
+    called = []
+
+    def call(name: str) -> None:
+        called.append(name)
+        machine.launch(10 if len(called) < 152 else 30, 1)
+
+    found = timing.host({name: lambda name=name: call(name) for name in ("ours", "theirs")}, repeats=2, rounds=75)
+    for name in ("ours", "theirs"):
+        assert (found[name].p20_us, found[name].p80_us) == pytest.approx((10, 30))
+
+
+def test_a_fast_host_does_not_wait_for_the_gpu(machine):
+    assert timing.host({"call": lambda: machine.launch(5, 100)})["call"].median_us == pytest.approx(5)
+
+
 def test_there_is_no_peak_on_a_cpu():
     assert gauges.peak_mib(lambda: None, torch.device("cpu")) is None
