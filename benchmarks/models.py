@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,13 +137,18 @@ def model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
             (provider, name): job_of(folder, stack, provider, name, device, asked) for stack, provider, name in stacks
         }
         with Workers(jobs.values()) as workers:
+            begin = time.monotonic()
             checkpoint_bytes = prepare(folder, size, device)
+            print(f"checkpoint: {checkpoint_bytes / 1e9:.2f} GB after {time.monotonic() - begin:.0f} s", flush=True)
             lora = LoraArguments(lora_target_modules=lora_targets(size.family))
             shapes = shapes_of(meta_model(str(folder / "checkpoint")), lora)
             for (provider, name), job in jobs.items():
                 dtype = DTYPES[name]
                 base = {"model": size.name, "rows": None, "columns": None, "dtype": _name(dtype)}
                 outcome = workers.run(job, limit_s=LIMIT_S)
+                print(f"{provider} {name}: ended after {time.monotonic() - begin:.0f} s", flush=True)
+                if outcome.failure is not None:
+                    print(outcome.log_tail, file=sys.stderr, flush=True)
                 for op, m in asked.measured:
                     least = work_of(op, m, shapes, asked, checkpoint_bytes, dtype.itemsize)
                     yield {**base, "op": op, "m": m, "provider": provider, **_row(op, m, outcome, least)}
