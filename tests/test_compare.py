@@ -61,6 +61,22 @@ def test_a_noisy_run_proves_less():
     assert lines[-2:] == ["noise of the record, graph: 1.0%", "noise of this run, graph: 6.0%"]
 
 
+def test_a_noisy_load_hides_no_slower_step():
+    """Of a whole model each operation has a noise of its own."""
+    base = {"model": "small", "rows": None, "columns": None, "dtype": "float16", "method": "wall", "status": "ok"}
+
+    def model(step: float) -> list[dict]:
+        times = {("load", "qlora"): 10.0, ("load", "qlora, again"): 14.0, ("load", "bitsandbytes"): 20.0}
+        times |= {("step", "qlora"): step, ("step", "qlora, again"): step, ("step", "bitsandbytes"): 20.0}
+        return [base | {"op": op, "m": None, "provider": name, "median_us": us} for (op, name), us in times.items()]
+
+    assert compare.noise(model(10)) == {"load, wall": pytest.approx(0.4), "step, wall": 0.01}
+    lines, fine = compare.compare(model(10), model(11))
+    assert not fine
+    assert "step small float16, wall: 2.00 -> 1.82 times its rival (-9.1%), SLOWER" in lines
+    assert sum("SLOWER" in line for line in lines) == 1
+
+
 def test_quantize_is_held_against_the_copy():
     assert compare.ratios(rows_of(10, 20))["quantize", "64x128", "float16", None, "graph"] == 0.5
 
