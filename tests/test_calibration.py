@@ -84,7 +84,11 @@ def test_the_format_stays_what_it_was(llama, settings):
     before, packed = form(model), model.model.layers[1].mlp.up_proj.weight.clone()
     qlora.calibrate_from_float(model, llama, INPUTS)
     assert form(model) == before
-    assert not torch.equal(model.model.layers[1].mlp.up_proj.weight.view(torch.uint8), packed.view(torch.uint8))
+    layer = model.model.layers[1].mlp.up_proj
+    assert not torch.equal(layer.weight.view(torch.uint8), packed.view(torch.uint8))
+    decoded = layer.dequantize()
+    layer.weight = torch.nn.Parameter(layer.weight.detach(), requires_grad=False)  # as sharding makes it
+    assert torch.equal(layer.dequantize(), decoded)
 
 
 def test_a_model_that_trains_goes_on_training(llama):
