@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qkernels import aot
-from qkernels.variants import Variant, skinny_variant, variants, wgmma_variant
+from qkernels.variants import Variant, skinny_dx_variant, skinny_variant, variants, wgmma_variant
 
 # Loads, stores, copies and atomics of global memory, by their PTX names; a TMA's descriptor is a parameter.
 _GLOBAL = re.compile(r"\b(?:ld\.global|st\.global|atom\.|red\.|prefetch|cp\.async)")
@@ -22,9 +22,12 @@ def _named(beginning: str) -> Variant:
     [
         skinny_variant(17, 4096, 4096, 90, "fp16", "nf4", 64, True, has_bias=True),
         skinny_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, False, has_bias=False),
+        skinny_dx_variant(3, 4096, 4096, 90, "fp16", "nf4", 64, nested=True),
+        skinny_dx_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, nested=False),
         wgmma_variant(64, "fp16", True, False),
         wgmma_variant(64, "bf16", False, False, rank=16),
-        _named("sum_parts"),
+        _named("sum_parts wgmma"),
+        _named("sum_parts skinny_dx"),
     ],
     ids=lambda variant: variant.name,
 )
