@@ -121,7 +121,6 @@ def test_what_a_block_keeps_is_what_autograd_keeps(name, targets, dropout, tmp_p
     model = optimize_model(prepare_model_for_training(load_pretrained_4bit(folder, device="cpu"), False))
     peft = LoraConfig(r=16, target_modules=lora_targets(lora), lora_dropout=dropout)
     model = get_peft_model(model, peft).train()
-    model.enable_input_require_grads()
     saved = SavedTensors(model)
     ids = tokens(4, 64)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):

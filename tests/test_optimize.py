@@ -194,6 +194,31 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_the_first_block_computes_no_gradient_of_the_embedding(family, asked_first):
+    """Though trainers ask for one, for another form of checkpointing; the adapters' are the same."""
+    plain = stirred(tiny_model(family))
+    tuned = copy.deepcopy(plain)
+    for model in (plain, tuned) if asked_first else (plain,):
+        prepare_model_for_training(model)
+    optimize_model(tuned)
+    if not asked_first:
+        prepare_model_for_training(tuned)
+    seen = []
+    found = []
+    for model in (plain, tuned):
+        model.get_input_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
+        torch.manual_seed(4)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, config).train()
+        adapted.enable_input_require_grads()
+        found.append(gradients(adapted, tokens()))
+    assert seen == [True, False]
+    assert len(found[0][1]) >= 16
+    assert_same(*found)
+
+
 @pytest.mark.parametrize(
     ("recompute", "kept", "products"), [("block", 0, 6), ("parts", 0, 4), ("block", 1, 3), ("nothing", 0, 0)]
 )

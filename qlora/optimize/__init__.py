@@ -16,7 +16,7 @@ from qkernels.errors import UserError
 from . import bloom, llama
 from .decoding import GeneratingModel
 from .graphs import Graphs
-from .recompute import RECOMPUTE, RecomputedBlock
+from .recompute import RECOMPUTE, RecomputedBlock, RecomputedModel
 
 __all__ = ["RECOMPUTE", "can_optimize", "optimize_model"]
 
@@ -103,6 +103,8 @@ def optimize_model(
             layers.graphs = Graphs() if graphs else None
         if isinstance(module, GeneratingModel):
             module.graphed_decoding = graphs
+        if isinstance(module, RecomputedModel):
+            base.disable_input_require_grads()  # asked for before it was one
     for number, block in enumerate(blocks):
         if isinstance(block, RecomputedBlock):
             block.recompute = "nothing" if number >= len(blocks) - kept_blocks else recompute

@@ -23,7 +23,7 @@ from .autocast import without_casts
 from .cache import CACHE
 from .decoding import GeneratingModel
 from .graphs import BUCKET, can_capture
-from .recompute import RecomputedBlock
+from .recompute import RecomputedBlock, RecomputedModel
 
 
 class BloomAttention(modeling_bloom.BloomAttention):
@@ -180,7 +180,7 @@ class BloomModel(modeling_bloom.BloomModel):
         )
 
 
-class BloomForCausalLM(GeneratingModel, modeling_bloom.BloomForCausalLM):
+class BloomForCausalLM(RecomputedModel, GeneratingModel, modeling_bloom.BloomForCausalLM):
     """Hands `position_ids` of packed texts down to the transformer, which transformers' own does not."""
 
     @functools.wraps(modeling_bloom.BloomForCausalLM.forward)  # `generate` reads the signature

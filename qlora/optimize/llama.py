@@ -19,7 +19,7 @@ from .autocast import without_casts
 from .cache import CACHE
 from .decoding import GeneratingModel
 from .graphs import BUCKET, Graphs, can_capture
-from .recompute import RecomputedBlock
+from .recompute import RecomputedBlock, RecomputedModel
 from .swiglu import swiglu
 
 
@@ -156,12 +156,12 @@ class MistralDecoderLayer(Block, modeling_mistral.MistralDecoderLayer):
     """See `Block`."""
 
 
-class LlamaForCausalLM(GeneratingModel, modeling_llama.LlamaForCausalLM):
-    """See `GeneratingModel`."""
+class LlamaForCausalLM(RecomputedModel, GeneratingModel, modeling_llama.LlamaForCausalLM):
+    """See `RecomputedModel` and `GeneratingModel`."""
 
 
-class MistralForCausalLM(GeneratingModel, modeling_mistral.MistralForCausalLM):
-    """See `GeneratingModel`."""
+class MistralForCausalLM(RecomputedModel, GeneratingModel, modeling_mistral.MistralForCausalLM):
+    """See `RecomputedModel` and `GeneratingModel`."""
 
 
 NORMS = {modeling_llama.LlamaRMSNorm: LlamaRMSNorm, modeling_mistral.MistralRMSNorm: MistralRMSNorm}

@@ -65,6 +65,17 @@ class RecomputedBlock:
         return hidden
 
 
+class RecomputedModel:
+    """Mixin for a causal language model of such blocks."""
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing.
+
+        Trainers ask for a gradient of the embedding's output, because torch's first form of checkpointing (reentrant)
+        has none without.  These blocks take the other form, and the first one would compute a gradient for nobody.
+        """
+
+
 def _seeded(piece: Callable[..., Tensor], seeds: Tensor | None, hidden: Tensor, *arguments: Any) -> Tensor:
     with contextlib.nullcontext() if seeds is None else seeded(seeds):
         return piece(hidden, *arguments)
