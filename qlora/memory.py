@@ -157,8 +157,9 @@ def plan(shapes: Shapes, run: Run) -> MemoryPlan:
     workspace = WORKSPACES * (32 if run.capability >= (9, 0) else 8) * MIB
     copies = 0.0
     if run.by_graphs:
-        # Hidden states, what the blocks return, and its gradient; the adapters' gradients, all in one.
-        copies = 3 * shapes.hidden * per_token + 4 * shapes.trainable + workspace
+        # What the blocks return, where its gradient will lie.  Their input is the first one's checkpoint, the adapters'
+        # gradients lie where blocks have worked, and the backward pass has the forward pass' workspace.
+        copies = shapes.hidden * per_token + workspace / WORKSPACES
         kept = inputs + (whole if whole > block else 0)
         peak = {
             "checkpoints": kept,

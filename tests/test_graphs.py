@@ -9,30 +9,34 @@ import pytest
 import torch
 from models import tiny_model, tokens
 from torch import nn
+from torch.nn import functional as F
 
 from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
+from qlora.optimize import bloom, llama
 from qlora.optimize import graphs as graphs_module
-from qlora.optimize import llama
 from qlora.optimize.graphs import Graphs
+from qlora.optimize.recompute import RECOMPUTE
 
 
 class Pretended:
-    """Stands for `BlocksGraph`: runs at once, and keeps autograd's graph for the backward pass."""
+    """Stands for `BlocksGraph`: runs at once, and keeps autograd's graph for the backward pass.
 
-    def __init__(self, run, blocks, hidden, others, parameters, flat, pool):
+    As there, the gradient takes the place of what was returned; autograd would notice if it needed that still.
+    """
+
+    def __init__(self, run, blocks, hidden, others, parameters, pool):
         self.run, self.parameters = run, parameters
-        assert flat.numel() == sum(parameter.numel() for parameter in parameters)
 
     def forward(self, hidden, others):
         self.hidden = hidden.detach().requires_grad_(hidden.requires_grad)
         with torch.enable_grad():
             self.out = self.run(self.hidden, *others)
-        return self.out.detach().clone()
+        return self.out.detach()
 
     def backward(self, grad):
         needed = [*self.parameters, *([self.hidden] if self.hidden.requires_grad else [])]
-        grads = torch.autograd.grad(self.out, needed, grad)
+        grads = torch.autograd.grad(self.out, needed, self.out.detach().copy_(grad))
         return (grads[-1] if self.hidden.requires_grad else None), grads[: len(self.parameters)]
 
 
@@ -54,7 +58,7 @@ def blocks():
 def step(graphs: Graphs, blocks: nn.ModuleList, length: int = 3) -> dict[str, torch.Tensor]:
     def run(hidden):
         for block in blocks:
-            hidden = block(hidden)
+            hidden = hidden + block(hidden)
         return hidden
 
     blocks.zero_grad()
@@ -73,10 +77,27 @@ def test_the_second_step_of_a_shape_is_captured_and_equal(blocks):
         assert again.keys() == first.keys() == {"1.0.weight", "1.0.bias"}
         for name, grad in again.items():
             assert torch.equal(grad, first[name])
-    step(graphs, blocks, length=5)
+    step(graphs, blocks, length=2)
     assert len(graphs) == 1
-    step(graphs, blocks, length=5)
+    step(graphs, blocks, length=2)
     assert len(graphs) == 2
+
+
+def test_the_largest_is_captured_first_and_smaller_ones_again(blocks):
+    graphs = Graphs()
+    expected = {length: step(graphs, blocks, length) for length in (3, 5)}
+    step(graphs, blocks, 3)
+    pool = graphs._pool
+    step(graphs, blocks, 5)
+    assert len(graphs) == 1
+    assert graphs._pool is not pool
+    pool = graphs._pool
+    for length in (3, 5, 3):
+        found = step(graphs, blocks, length)
+        assert len(graphs) == 2
+        assert graphs._pool is pool
+        for name, grad in found.items():
+            assert torch.equal(grad, expected[length][name])
 
 
 def test_the_gradient_flows_on_to_what_comes_before(blocks):
@@ -85,7 +106,7 @@ def test_the_gradient_flows_on_to_what_comes_before(blocks):
 
     def gradient():
         hidden = torch.ones(2, 3, 4) * scale
-        return torch.autograd.grad(graphs(lambda x: blocks[1](blocks[0](x)), blocks, hidden).sum(), scale)[0]
+        return torch.autograd.grad(graphs(lambda x: x + blocks[1](blocks[0](x)), blocks, hidden).sum(), scale)[0]
 
     first = gradient()
     assert torch.equal(gradient(), first)
@@ -154,7 +175,7 @@ def test_two_forward_passes_before_a_backward_pass(blocks):
 
     def run(hidden):
         for block in blocks:
-            hidden = block(hidden)
+            hidden = hidden + block(hidden)
         return hidden
 
     one, two = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
@@ -177,7 +198,7 @@ def test_one_backward_pass(blocks):
     step(graphs, blocks)
 
     def run(hidden):
-        return blocks[1](blocks[0](hidden))
+        return hidden + blocks[1](blocks[0](hidden))
 
     loss = graphs(run, blocks, torch.ones(2, 3, 4)).sum()
     loss.backward(retain_graph=True)
@@ -263,3 +284,28 @@ def test_parameters_are_fresh_ones_while_it_is_captured(blocks):
     assert all(after[name] is before[name] for name in after)
     kept.sum().backward()
     assert before["1.0.weight"].grad is not None
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_no_block_needs_what_it_returned_when_its_gradient_is_there(family, recompute, monkeypatch):
+    """The gradient takes its place, in `Pretended` as in `BlocksGraph`."""
+    monkeypatch.setattr(llama, "can_capture", lambda *_: True)
+    monkeypatch.setattr(bloom.BloomModel, "_is_for_graphs", lambda *_: True)
+
+    def attention(query, key, value, bias, dropout):  # on a CPU the bias has causality in it
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.bias)
+
+    monkeypatch.setattr(bloom, "alibi_attention", attention)
+    model = optimize_model(prepare_model_for_training(tiny_model(family)), recompute=recompute).train()
+    base = model.base_model
+    blocks = base.h if family == "bloom" else base.layers
+    blocks.requires_grad_(True)
+    steps = []
+    for _ in range(2):
+        model.zero_grad()
+        base(tokens(2, 64), use_cache=False).last_hidden_state.square().sum().backward()
+        steps.append({name: p.grad.clone() for name, p in blocks.named_parameters()})
+    assert len(base.graphs if family == "bloom" else blocks.graphs) == 1
+    for name, grad in steps[1].items():
+        torch.testing.assert_close(grad, steps[0][name], rtol=1e-5, atol=1e-6)

@@ -4,7 +4,9 @@ Room: capture, replay and when not to; torch only.  A step has thousands of smal
 launch one than it runs.  A graph launches all of them at once.  It has fixed shapes and addresses, so sequences are
 padded to a multiple of `BUCKET` tokens, and inputs and gradients are copied.
 
-The graphs of all shapes share one memory pool.  Nothing in it outlives a step, so they may write over each other's.
+The graphs of all shapes share one memory pool.  Nothing in it outlives a step, so they may write over each other's.  A
+small shape finds room in the pieces of a larger one's memory, but not the other way round: so the largest is captured
+first, and smaller ones again when they come back.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.grad_mode import set_multithreading_enabled
 
 from ..dropout import randomness
 from .recompute import RecomputedBlock
@@ -40,12 +43,11 @@ class BlocksGraph:
     """The two graphs of one shape.
 
     Args:
-        run: (hidden, *others) -> hidden.
+        run: (hidden, *others) -> hidden, a sum, whose gradient does not need its value.
         blocks: whose modules and parameters `run` uses.
         hidden: [batch, T, hidden size], as of every later call; the gradient flows to it if it requires one.
         others: tensors that `run` takes beside it, likewise; no gradient flows to them.
-        parameters: the trainable ones that `run` uses.
-        flat: float32, for the gradients of all of them.
+        parameters: the trainable ones that `run` uses, float32.
         pool: of `torch.cuda.graph_pool_handle`.
     """
 
@@ -56,36 +58,36 @@ class BlocksGraph:
         hidden: Tensor,
         others: tuple[Tensor, ...],
         parameters: list[nn.Parameter],
-        flat: Tensor,
         pool: Any,
     ) -> None:
         self._hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         self._others = [tensor.detach().clone() for tensor in others]
-        self._flat = flat
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how: Any = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's threads may do as they like
         with _fresh(blocks, parameters) as leaves:
             with torch.enable_grad(), torch.cuda.graph(self._forward, **how):
                 out = run(self._hidden, *self._others)
+            # It is read no more when its gradient is there, which takes its place.
             self._out = out.detach()
-            self._grad_out = torch.empty_like(self._out)
-            with torch.cuda.graph(self._backward, **how):
+            # In one thread, because cuBLAS has a workspace for each.
+            with set_multithreading_enabled(False), torch.cuda.graph(self._backward, **how):
                 inputs = [*leaves, *([self._hidden] if hidden.requires_grad else [])]
-                grads = torch.autograd.grad(out, inputs, self._grad_out)
-                torch.cat([grad.reshape(-1) for grad in grads[: len(leaves)]], out=flat)
+                grads = torch.autograd.grad(out, inputs, self._out)
+                flat = torch.cat([grad.reshape(-1) for grad in grads[: len(leaves)]])
+        self._flat = _borrowed(flat)
         self._grad_hidden = grads[-1] if hidden.requires_grad else None
         self._shapes = [parameter.shape for parameter in parameters]
 
     def forward(self, hidden: Tensor, others: tuple[Tensor, ...]) -> Tensor:
-        """What `run` returns."""
+        """What `run` returns, until the backward pass."""
         for static, tensor in zip((self._hidden, *self._others), (hidden, *others), strict=True):
             static.copy_(tensor)
         self._forward.replay()
-        return self._out.clone()
+        return self._out.detach()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of hidden and of the parameters, of the forward pass before."""
-        self._grad_out.copy_(grad)
+        self._out.copy_(grad)
         self._backward.replay()
         parts = self._flat.clone().split([shape.numel() for shape in self._shapes])
         grads = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -106,8 +108,8 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if ctx.ticket is None:
             raise RuntimeError("a step by CUDA graphs has one backward pass: call optimize_model with graphs=False")
-        ctx.ticket = None
-        grad_hidden, gradients = ctx.graph.backward(grads[0])
+        graph, ctx.graph, ctx.ticket = ctx.graph, None, None
+        grad_hidden, gradients = graph.backward(grads[0])
         return (None, None, grad_hidden, None, *gradients)
 
 
@@ -180,7 +182,6 @@ class Graphs:
         self._seen: set[Any] = set()
         self._graphs: dict[Any, BlocksGraph] = {}
         self._pool: Any = None
-        self._flat: Any = None
         self._uncounted = 0
 
     def __len__(self) -> int:
@@ -208,10 +209,10 @@ class Graphs:
             self._seen.add(key)
             if is_first or len(self) >= MOST_GRAPHS:
                 return run(hidden, *others)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            if self._flat is None:
-                self._flat = torch.empty(sum(map(Tensor.numel, trained)), device=hidden.device)
-            graph = self._graphs[key] = BlocksGraph(run, blocks, hidden, others, trained, self._flat, self._pool)
+            if all(hidden.numel() > shape.numel() for _, (shape, _), *_ in self._graphs):
+                self._graphs.clear()
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = self._graphs[key] = BlocksGraph(run, blocks, hidden, others, trained, self._pool)
             self._uncounted = _uncounted_in(self._pool)
         return _Replay.apply(self, graph, hidden, others, *trained)
 
@@ -242,6 +243,21 @@ def _fresh(blocks: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[n
     finally:
         for owner, name, parameter in places:
             owner[name] = parameter
+
+
+class _Place:
+    """Where a tensor lies, by CUDA's array interface; its memory is not kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = tensor.__cuda_array_interface__
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same elements, while their memory is given back to the pool, where blocks work.
+
+    They are there from the graph that writes them to the next one of any shape, and are copied in between.
+    """
+    return torch.as_tensor(_Place(tensor), device=tensor.device)
 
 
 def _uncounted_in(pool: Any) -> int:

@@ -8,6 +8,7 @@ from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
+from qlora.optimize.graphs import _borrowed
 from qlora.optimize.recompute import RECOMPUTE
 
 pytestmark = pytest.mark.gpu
@@ -126,6 +127,33 @@ def test_a_result_of_the_step_before_is_still_there():
     for (name, ours), theirs in zip(by_graph.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_shape_more_keeps_its_input_and_what_it_returns():
+    """And nothing else: where blocks have worked and gradients lay, those of other shapes work too."""
+    model = tuned(True, dropout=0.0)
+    sizes = ((2, 512), (2, 256))
+    held = []
+    for rows, length in sizes:
+        for _ in range(3):
+            gradients(model, 0, rows, length)
+        model.zero_grad()
+        held.append(torch.cuda.memory_allocated())
+    assert captured(model) == 2
+    rows, length = sizes[1]
+    hidden, bias = 64 * rows * length * 2, 4 * rows * length * 4
+    assert held[1] - held[0] <= 2 * hidden + bias + 8 * 512
+
+
+def test_what_is_borrowed_is_the_same_elements_and_does_not_keep_them():
+    before = torch.cuda.memory_allocated()
+    tensor = torch.arange(20.0, device="cuda")
+    found = _borrowed(tensor)
+    assert found.data_ptr() == tensor.data_ptr()
+    tensor[3] = 7.0
+    assert found.tolist() == tensor.tolist()
+    del tensor
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_accumulated_gradients():
