@@ -60,6 +60,7 @@ def test_the_feedback_is_the_best_there_is(monkeypatch):
     """Column by column against least squares: after each, the rest of the row takes the values that are best then."""
     monkeypatch.setattr(rounding, "SCALES", (1.0,))
     monkeypatch.setattr(rounding, "COLUMNS", 7)
+    monkeypatch.setattr(rounding, "_choose_again", lambda *_: None)
     weight, x = problem(rows=4, columns=64)
     gram = x.t() @ x
     packed, state = quantize_4bit_for_inputs(weight, gram, compress_statistics=False)
@@ -80,6 +81,30 @@ def test_the_feedback_is_the_best_there_is(monkeypatch):
     torch.testing.assert_close(dequantize_4bit(packed, state).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_every_number_is_chosen_again_with_the_others_known(monkeypatch):
+    """Against trying all 16 values for one number after the other, the column that matters most first."""
+    monkeypatch.setattr(rounding, "COLUMNS", 7)
+    weight, x = problem(rows=4, columns=64)
+    gram = x.t() @ x
+    damped = gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    again = dequantize_4bit(*quantize_4bit_for_inputs(weight, gram, compress_statistics=False)).double()
+    monkeypatch.setattr(rounding, "_choose_again", lambda *_: None)
+    packed, state = quantize_4bit_for_inputs(weight, gram, compress_statistics=False)
+    values = get_4bit_type("nf4", device="cpu").double()[:, None] * state.absmax.double()
+    expected = dequantize_4bit(packed, state).double()
+
+    def errors(numbers):
+        return ((numbers - weight) @ damped * (numbers - weight)).sum(-1)
+
+    first = errors(expected)
+    for column in gram.diagonal().argsort(descending=True).tolist():
+        tried = expected.repeat(16, 1, 1)
+        tried[:, :, column] = values
+        expected = tried[errors(tried).argmin(0), torch.arange(4)]
+    assert errors(expected).sum() < 0.98 * first.sum()
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_cut_scale_is_taken_where_it_serves_the_block():
     """One number far out, in a column without inputs: the others get the finer steps."""
     weight, x = problem(rows=1, columns=64)
@@ -89,15 +114,14 @@ def test_a_cut_scale_is_taken_where_it_serves_the_block():
 
 
 def test_with_a_rank_less_is_left_for_the_adapter_to_miss(monkeypatch):
-    weight, x = problem(rows=96)
+    weight, x = problem(rows=256, columns=192, texts=600)
     gram = x.t() @ x
+    monkeypatch.setattr(rounding, "TURNS", 4)
     left = []
-    for rank, turns in ((0, 1), (4, 2), (4, 4)):
-        monkeypatch.setattr(rounding, "TURNS", turns)
+    for rank in (0, 8):
         decoded = dequantize_4bit(*quantize_4bit_for_inputs(weight, gram, rank=rank))
-        left.append(torch.linalg.svdvals(x @ (weight - decoded).t())[4:].norm())
-    assert left[0] > left[1] > left[2]
-    assert left[2] < 0.98 * left[0]
+        left.append(torch.linalg.svdvals(x @ (weight - decoded).t())[8:].norm())
+    assert left[1] < 0.99 * left[0]
 
 
 @pytest.mark.parametrize("x_scale", [0.0, 1.0])
