@@ -81,6 +81,23 @@ def test_qera_is_the_best_of_its_rank_for_the_inputs_it_saw(folder):
     assert report.after < 0.8 * report.before
 
 
+@pytest.mark.parametrize("method", ["loftq", "qera"])
+def test_a_part_of_the_rank_begins_as_peft_has_it(folder, method):
+    torch.manual_seed(0)
+    model = adapted(folder)
+    fresh = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    report = qlora.initialize_from_float(model, folder, method, inputs=INPUTS, rank=3)
+    smaller = adapted(folder, r=3, lora_alpha=6)
+    expected = qlora.initialize_from_float(smaller, folder, method, inputs=INPUTS)
+    assert (report.before, report.after) == pytest.approx((expected.before, expected.after), rel=1e-5)
+    assert report.after < report.before
+    found = model.state_dict()
+    for name, value in fresh.items():
+        rest = (slice(3, None),) if "lora_A" in name else (slice(None), slice(3, None))
+        assert torch.equal(found[name][rest], value[rest])
+        assert found[name].shape == value.shape
+
+
 def test_pissa_is_peft_on_the_float_model_with_its_rest_quantized(folder):
     from transformers import AutoModelForCausalLM
 
@@ -116,6 +133,8 @@ def test_what_is_refused(llama, tmp_path):
         qlora.initialize_from_float(model, llama, "olora")
     with pytest.raises(UserError, match="model: expected 4-bit layers with the adapter 'other', got none"):
         qlora.initialize_from_float(model, llama, adapter_name="other")
+    with pytest.raises(UserError, match="rank: expected 1 to 8, the adapter's rank, got 9"):
+        qlora.initialize_from_float(model, llama, rank=9)
     with pytest.raises(UserError, match="inputs: expected batches that go through every layer"):
         qlora.initialize_from_float(model, llama, "qera")
     packed = qlora.load_pretrained_4bit(llama, **FLOAT)

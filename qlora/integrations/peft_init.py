@@ -49,6 +49,7 @@ def initialize_from_float(
     method: str = "loftq",
     *,
     inputs: Batches = (),
+    rank: int | None = None,
     adapter_name: str = "default",
     revision: str = "main",
 ) -> InitReport:
@@ -65,6 +66,8 @@ def initialize_from_float(
             With "_niter_N" (4 is usual) a fast approximation of the singular value decomposition.
         inputs: for "qera": batches for the model, as {"input_ids": int64[batch, T]}, and "attention_mask" where some of
             it is padding; the texts to train on, some thousands of tokens.
+        rank: how much of the adapter's rank begins so; the rest begins as peft has it, A random and B zero, and learns
+            as fast as if the other part were not there.  None: all of it.
         adapter_name: which adapter.
         revision: of the checkpoint, on the hub.
 
@@ -72,8 +75,8 @@ def initialize_from_float(
         The distance from the float weights before and after.
 
     Raises:
-        UserError: another method, no adapted 4-bit layer, "qera" without inputs, or a checkpoint without one of the
-            weights.
+        UserError: another method, no adapted 4-bit layer, a rank that one has not, "qera" without inputs, or a
+            checkpoint without one of the weights.
     """
     parsed = _METHOD.fullmatch(method)
     if parsed is None:
@@ -97,13 +100,17 @@ def initialize_from_float(
             got="none",
             remedy="Load the base in 4 bits and call get_peft_model first.",
         )
+    least = min(layer.r[adapter_name] for layer in layers.values())
+    if rank is not None and not 1 <= rank <= least:
+        raise UserError("rank", expected=f"1 to {least}, the adapter's rank", got=repr(rank), remedy="Leave it out.")
     seen = _inputs_of(model, layers, inputs) if kind == "qera" else {}
     reader = TensorReader(checkpoint, revision)
     squares = torch.zeros(3, dtype=torch.float64)
     for name, layer in layers.items():
         weight = reader.read_float(f"{name}.weight", base.base_model_prefix, layer.base_layer.weight_shape)
         weight = weight.to(layer.weight.device, torch.float32)
-        squares += _initialize(layer, weight, kind, iterations, adapter_name, seen.pop(name, None))
+        of_layer = layer.r[adapter_name] if rank is None else rank
+        squares += _initialize(layer, weight, kind, iterations, adapter_name, seen.pop(name, None), of_layer)
     before, after, whole = squares.tolist()
     return InitReport(math.sqrt(before / whole), math.sqrt(after / whole), len(layers))
 
@@ -123,22 +130,23 @@ def _inputs_of(model: PeftModel, layers: Mapping[str, Any], inputs: Batches) -> 
 
 
 def _initialize(
-    layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str, inputs: torch.Tensor | None
+    layer: Any, weight: torch.Tensor, kind: str, iterations: int, adapter: str, inputs: torch.Tensor | None, rank: int
 ) -> torch.Tensor:
     """One layer; its squared errors before and after, and the square of what they are of.
 
     Args:
         inputs: [n, in_features]: the errors are those of the outputs for these; None: of the weights.
+        rank: of the part; the rest of the adapter stays as it is.
     """
     x = None if inputs is None else inputs.to(weight.device, torch.float32)
     error = weight - layer.base_layer.dequantize(torch.float32)
-    scaling, rank = layer.scaling[adapter], layer.r[adapter]
+    scaling = layer.scaling[adapter]
     if x is None:
         B, A = _factors(weight if kind == "pissa" else error, rank, iterations)
     else:
         B, A = _factors_for(error, x, rank, iterations)
-    for factor, parameter in ((A, layer.lora_A[adapter].weight), (B, layer.lora_B[adapter].weight)):
-        parameter.data = (factor / math.sqrt(scaling)).to(parameter.dtype).contiguous()
+    layer.lora_A[adapter].weight[: len(A)] = A / math.sqrt(scaling)
+    layer.lora_B[adapter].weight[:, : len(A)] = B / math.sqrt(scaling)
     adapted = layer.get_delta_weight(adapter).float()
     if kind == "pissa":
         _requantize(layer.base_layer, weight - adapted)
