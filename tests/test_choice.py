@@ -40,11 +40,28 @@ def test_what_is_as_fast_as_the_fastest_passes():
     assert choice.too_slow(rows, lambda product: (SKINNY, "tiles=1")) == []
 
 
+def test_a_short_look_shows_nothing_faster_than_the_second_did():
+    rows = _rows({(SKINNY, "tiles=1", 1): 4.0, (SKINNY, "tiles=2", 1): 4.5, (SKINNY, "tiles=1", 2): 5.0})
+    (measured,) = choice.times(rows).values()
+    assert measured == {(SKINNY, "tiles=1"): 5.0, (SKINNY, "tiles=2"): 5.0}
+
+
+def test_the_newest_record_shows_no_implementation_that_is_faster_than_the_chosen_one():
+    """Where what is chosen now was measured; which configuration is the fastest, `benchmarks.choice` judges."""
+    record = choice.newest(choice.RESULTS)
+    if record is None:
+        pytest.skip("no record of benchmarks.tune")
+    known = [loss for loss in choice.losses(read_csv(record)) if loss.chosen_us is not None]
+    slower = [loss for loss in known if loss.beside_others > choice.TOLERANCE]
+    assert slower == [], "\n".join(map(choice.text, slower))
+
+
 def test_a_bad_rule_is_seen():
     rows = _rows(TIMES)
     (loss,) = choice.too_slow(rows, lambda product: (DEQUANTIZE, ""))
     assert loss.product == Product(8, 4096, 4096, torch.float16, (9, 0))
     assert loss.share == pytest.approx(20 / 4.9 - 1)
+    assert loss.beside_others == loss.share
     assert "is 308.2% slower than fused skinny tiles=2, 4.9 us" in choice.text(loss)
     (loss,) = choice.too_slow(rows, lambda product: (SKINNY, "tiles=3"))
     assert "is chosen and was not measured" in choice.text(loss)
@@ -66,7 +83,9 @@ def record(tmp_path):
 
 def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
     assert choice.main([str(record)]) == 0
-    assert "4 points: what is chosen is 0.0% slower than the fastest measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 points: what is chosen is 0.0% slower than the fastest measured (geometric mean), 0.0% at most" in said
+    assert "than the other implementations 0.0% at most" in said
     monkeypatch.setattr(candidates, "choose", lambda product: Choice(DEQUANTIZE, "planted"))
     assert choice.main([str(record)]) == 1
     said = capsys.readouterr().out
