@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from triton import JITFunction
 
 from qkernels import aot
+from qkernels.kernels import matmul_skinny, matmul_skinny_dx, matmul_wgmma
+from qkernels.tuning.skinny import skinny_config
 from qkernels.variants import Variant, skinny_dx_variant, skinny_variant, variants, wgmma_variant
 
 # Loads, stores, copies and atomics of global memory, by their PTX names; a TMA's descriptor is a parameter.
@@ -37,6 +40,26 @@ def test_it_waits_before_it_looks(variant):
     assert len(waits) == 1
     assert min(found.start() for found in _GLOBAL.finditer(ptx)) > waits[0]
     assert "griddepcontrol.launch_dependents" in ptx
+
+
+@pytest.mark.parametrize("module", [matmul_skinny, matmul_skinny_dx, matmul_wgmma])
+def test_the_gpu_is_told_of_those_that_wait_and_of_no_others(module, monkeypatch):
+    told = []
+
+    class Kernel(JITFunction):
+        """One that is not compiled."""
+
+        def __init__(self):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: told.append(options["launch_pdl"])
+
+    for launchers in (module._LAUNCHERS, getattr(module, "_SUM_LAUNCHERS", {})):
+        for early, launcher in launchers.items():
+            monkeypatch.setattr(launcher, "_kernel", Kernel())
+            launcher._first((1, 1, 1), (), (), (), skinny_config(1, 4096, 4096, 90))
+            assert told.pop() is early
 
 
 def test_who_does_not_begin_early():

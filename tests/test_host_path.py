@@ -263,6 +263,17 @@ def test_a_thread_enters_a_device_s_context_once(monkeypatch):
     assert entered == [0, 1, 0, 1]
 
 
+def test_a_launch_with_descriptors_enters_the_context_before_triton_makes_them(monkeypatch):
+    happened = []
+    monkeypatch.setattr(_launch, "_enter_context", happened.append)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    monkeypatch.setattr(Launcher, "_first", lambda *_: happened.append("launched"))
+    launcher = Launcher(matmul_skinny._matmul_skinny_kernel)
+    for descriptors in ((), ("descriptor",)):
+        launcher((1, 1, 1), (torch.ones(1),), (), (), None, descriptors)
+    assert happened == ["launched", 3, "launched"]
+
+
 @pytest.mark.parametrize("scratch", [0, 128])
 def test_triton_s_own_launch_is_left_out_only_where_it_adds_nothing(scratch):
     launched = []
