@@ -22,6 +22,8 @@ COLORS = {
 }
 OTHERS = (RED, PURPLE)
 LABELS = {"torch": "torch, 16-bit weight", "read only": "reading the packed weight, no more"}
+# Shapes side by side: more, and the text of a figure as wide as a page is too small.
+BESIDE = 3
 # The clock that leaves launches out where there is one.
 METHODS = ("graph", "flushed", "wall")
 # Whose products by torch show the rate that a product can have.
@@ -40,14 +42,20 @@ def against_rows(op: str, dtype: str, rows: list[Row]) -> Figure:
     found = [row for row in rows if row["method"] == method and row["dtype"] == dtype]
     products = [row for row in found if shown(row)]
     shapes = sorted({_shape(row) for row in products})
-    figure, axes = panels(2, len(shapes), max(4, 2.2 * len(shapes)), 5.6, sharex=True, sharey="row")
-    for column, shape in enumerate(shapes):
+    columns = min(BESIDE, len(shapes))
+    bands = -(-len(shapes) // columns)
+    figure, axes = panels(2 * bands, columns, max(4, 2.9 * columns), 5 * bands, sharex=True, sharey="row")
+    for axis in axes:
+        axis.set_visible(False)
+    for number, shape in enumerate(shapes):
         those = [row for row in products if _shape(row) == shape]
-        above, below = axes[column], axes[len(shapes) + column]
+        band, column = divmod(number, columns)
+        above, below = axes[2 * band * columns + column], axes[(2 * band + 1) * columns + column]
+        above.set_visible(True), below.set_visible(True)
         providers = dict.fromkeys(row["provider"] for row in those if not row["provider"].endswith(AGAIN))
-        for number, provider in enumerate(providers):
+        for other, provider in enumerate(providers):
             line = sorted((row for row in those if row["provider"] == provider), key=lambda row: row["m"])
-            color = COLORS.get(provider, OTHERS[number % len(OTHERS)])
+            color = COLORS.get(provider, OTHERS[other % len(OTHERS)])
             _line(above, line, [row["median_us"] for row in line], color)
             _line(below, line, [100 * roofline_us(row, found) / row["median_us"] for row in line], color)
         above.set_title(f"{shape[0]} x {shape[1]}", loc="left")
@@ -60,14 +68,15 @@ def against_rows(op: str, dtype: str, rows: list[Row]) -> Figure:
         below.set_xticks(ms[:: -(-len(ms) // 4)], minor=False)
         below.set_xticks([], minor=True)
         below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        below.set_xlabel("M, rows of activations")
-    axes[0].set_ylabel(f"{op}, {dtype}: µs a call\n(20th to 80th percentile)")
-    axes[len(shapes)].set_ylabel("% of the 4-bit product's roofline")
-    axes[len(shapes)].set_ylim(0, 105)
-    handles = {label: handle for handle, label in zip(*_legend(axes[: len(shapes)]), strict=True)}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, 2 * len(shapes)), fontsize=8
-    )
+        below.tick_params(labelbottom=True)
+        below.set_ylim(0, 105)
+        if number + columns >= len(shapes):
+            below.set_xlabel("M, rows of activations")
+        if column == 0:
+            above.set_ylabel(f"{op}, {dtype}: µs a call\n(20th to 80th percentile)")
+            below.set_ylabel("% of the 4-bit\nproduct's roofline")
+    handles = {label: handle for handle, label in zip(*_legend(axes), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=8)
     return figure
 
 
