@@ -115,67 +115,50 @@ def _ranks(
     """Which of the ascending `values` each number becomes, int64[N, K]; scales are those of the numbers, [N, K]."""
     order = gram.diagonal().argsort(descending=True)
     columns = weight[:, order].t().contiguous()  # a column of the weight is a row here, and lies in one piece
-    grid = _Grid(scales[:, order].t().contiguous(), values, thresholds)
+    scale = scales[:, order].t().contiguous()
     gram = gram[order][:, order]
-    ranks = _fed_back(columns.clone(), gram, grid)
-    _choose_again(columns, gram, grid, ranks)
+    # The upper triangle U with U^T U the inverse of the Gram matrix: row k tells how the rows after k make up for k.
+    feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    feedback = feedback / feedback.diagonal()[:, None]
+    ranks = _swept(columns.clone(), None, scale, feedback, values, thresholds)
+    # Each once more, with all others as they are now: the best choice is where the error's slope is zero.
+    current, steep = values[ranks] * scale, gram.diagonal()
+    best = current + gram @ (columns - current) / steep[:, None]
+    ranks = _swept(best, current, scale, gram / -steep, values, thresholds)
     found = torch.empty_like(ranks)
     found[order] = ranks
     return found.t()
 
 
-class _Grid:
-    """The numbers that there are: values times the scales [K, N]."""
-
-    def __init__(self, scale: torch.Tensor, values: torch.Tensor, thresholds: torch.Tensor) -> None:
-        self.scale, self._values, self._thresholds = scale, values, thresholds
-        self._inverse = torch.where(scale == 0, 0.0, 1 / scale)
-
-    def round(self, numbers: torch.Tensor, row: int, out: torch.Tensor) -> torch.Tensor:
-        """The nearest to a row of numbers [N]; which of the values they are goes into `out`."""
-        torch.bucketize(numbers * self._inverse[row], self._thresholds, out=out)
-        return self._values[out] * self.scale[row]
-
-    def numbers(self, ranks: torch.Tensor) -> torch.Tensor:
-        return self._values[ranks] * self.scale
-
-
-def _fed_back(rest: torch.Tensor, gram: torch.Tensor, grid: _Grid) -> torch.Tensor:
-    """GPTQ: row after row, those still to come making up for what rounding takes away.
+def _swept(
+    rest: torch.Tensor,
+    current: torch.Tensor | None,
+    scale: torch.Tensor,
+    feedback: torch.Tensor,
+    values: torch.Tensor,
+    thresholds: torch.Tensor,
+) -> torch.Tensor:
+    """The ranks of the rows, one rounded after the other: those still to come take a part of what each has lost.
 
     Args:
-        rest: float32[K, N], overwritten.
-        gram: float32[K, K].
-        grid: of the numbers.
+        rest: float32[K, N], what to round; overwritten.
+        current: float32[K, N], what a loss is counted from; None: from `rest` as it is then.
+        scale: float32[K, N].
+        feedback: float32[K, K], right of the diagonal: which part of row k's loss is taken from row j.
+        values, thresholds: float32[16] and float32[15].
     """
-    # The upper triangle U with U^T U the inverse of the Gram matrix: row k tells how the rows after k make up for k.
-    feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    whole = rest if current is None else current
     ranks = torch.empty_like(rest, dtype=torch.int64)
     for begin in range(0, len(rest), COLUMNS):
         end = min(begin + COLUMNS, len(rest))
-        own = feedback[begin:end, begin:end]
-        errors = torch.empty_like(rest[begin:end])
-        for row, step in enumerate(own.diagonal().tolist(), start=begin):
-            error = errors[row - begin]
-            torch.sub(rest[row], grid.round(rest[row], row, ranks[row]), out=error).div_(step)
-            rest[row + 1 : end].addr_(own[row - begin, row - begin + 1 :], error, alpha=-1)
-        rest[end:].addmm_(feedback[begin:end, end:].t(), errors, alpha=-1)
+        losses = torch.empty_like(rest[begin:end])
+        for row, loss in enumerate(losses, start=begin):
+            torch.bucketize(rest[row] * inverse[row], thresholds, out=ranks[row])
+            torch.addcmul(whole[row], values[ranks[row]], scale[row], value=-1, out=loss)
+            rest[row + 1 : end].addr_(feedback[row, row + 1 : end], loss, alpha=-1)
+        rest[end:].addmm_(feedback[begin:end, end:].t(), losses, alpha=-1)
     return ranks
-
-
-def _choose_again(columns: torch.Tensor, gram: torch.Tensor, grid: _Grid, ranks: torch.Tensor) -> None:
-    """Each row of `ranks` once more, now that all others are known: the choice with the least error."""
-    current = grid.numbers(ranks)
-    slope = gram @ (columns - current)
-    for begin in range(0, len(columns), COLUMNS):
-        end = min(begin + COLUMNS, len(columns))
-        own = gram[begin:end, begin:end]
-        changes = torch.empty_like(slope[begin:end])
-        for row, curvature in enumerate(own.diagonal().tolist(), start=begin):
-            best = current[row] + slope[row] / curvature
-            change = torch.sub(grid.round(best, row, ranks[row]), current[row], out=changes[row - begin])
-            slope[row + 1 : end].addr_(own[row - begin, row - begin + 1 :], change, alpha=-1)
-        slope[end:].addmm_(gram[end:, begin:end], changes, alpha=-1)
 
 
 def _packed(index: torch.Tensor, quant_storage: torch.dtype) -> torch.Tensor:
