@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,10 +61,6 @@ class Verdict:
     controlled: Estimate
     z: float
     limit: float
-
-    @property
-    def ok(self) -> bool:
-        return abs(self.z) <= self.limit
 
 
 def z_limit(groups: int, cases: int) -> float:
@@ -135,11 +130,6 @@ def refuse(disagreements: Iterable[str]) -> None:
         raise DisagreementError(
             f"{len(found)} figures are not what the theory expects, so nothing is published:\n  " + "\n  ".join(found)
         )
-
-
-def finite_or_none(value: Any) -> Any:
-    """For a CSV: an empty cell instead of NaN."""
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def draw(distribution: str, n: int, seed: int = 0) -> Tensor:
