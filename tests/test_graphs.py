@@ -114,10 +114,26 @@ def test_the_gradient_flows_on_to_what_comes_before(blocks):
     assert first != 0
 
 
+def test_what_goes_in_beside_and_whether_a_gradient_comes_out_are_of_the_shape(blocks):
+    graphs = Graphs()
+
+    def run(hidden, *others):
+        return sum(map(torch.sum, others), hidden + blocks[1](blocks[0](hidden)))
+
+    kinds = [((), False), ((), True), ((torch.ones(1),), False), ((torch.ones(2),), False)]
+    kinds += [((torch.ones(2, dtype=torch.float64),), False)]
+    for number, (others, needs) in enumerate(kinds):
+        for captured in (number, number + 1):
+            hidden = torch.ones(2, 3, 4, requires_grad=needs)
+            graphs(run, blocks, hidden, *others).sum().backward()
+            assert len(graphs) == captured
+            assert (hidden.grad is not None) == needs
+
+
 def test_no_more_than_so_many(blocks, monkeypatch):
     monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
     graphs = Graphs()
-    for length in (2, 2, 3, 3):
+    for length in (3, 3, 2, 2, 2):  # a longer one would take the place of the others
         assert step(graphs, blocks, length)
     assert len(graphs) == 1
 
