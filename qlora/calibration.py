@@ -71,7 +71,8 @@ def calibrate_from_float(
         The error before and after, without an adapter.
 
     Raises:
-        UserError: a model with adapters or without 4-bit layers, no inputs, or a checkpoint without one of the weights.
+        UserError: a model with adapters or without 4-bit layers, a rank below 0, no inputs, or a checkpoint without one
+            of the weights.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
     if not layers or hasattr(model, "peft_config"):
@@ -81,6 +82,8 @@ def calibrate_from_float(
             got="one with adapters" if layers else "no 4-bit linear layer",
             remedy="Load it by load_pretrained_4bit, and add adapters afterwards.",
         )
+    if rank < 0:
+        raise UserError("rank", expected="0 or more", got=str(rank), remedy="Pass the rank of the adapter, or 0.")
     reader, batches = TensorReader(checkpoint, revision), list(inputs)
     squares = torch.zeros(3, dtype=torch.float64)
     for block, names in groupby(layers, _block_of):

@@ -14,6 +14,8 @@ from torch import nn
 
 from qkernels.errors import UserError
 
+_REMEDY = "Pass inputs=[tokenizer(text, return_tensors='pt') for text in texts]."
+
 Batches = Iterable[Mapping[str, torch.Tensor]]
 
 
@@ -38,7 +40,7 @@ def see_inputs(
         until: a module of it, after which the forward pass may end.
 
     Raises:
-        UserError: a layer that no batch goes through.
+        UserError: a batch that is no mapping, or a layer that no batch goes through.
     """
     seen: set[str] = set()
     mask: torch.Tensor | None = None
@@ -59,6 +61,8 @@ def see_inputs(
         if until is not None:
             hooks.callback(until.register_forward_hook(stop).remove)
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise UserError("inputs", expected="batches of tokens", got=type(batch).__name__, remedy=_REMEDY)
             batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
             try:
@@ -71,5 +75,5 @@ def see_inputs(
             "inputs",
             expected="batches that go through every layer",
             got=f"none that reaches {missing[0]}",
-            remedy="Pass inputs=[tokenizer(text, return_tensors='pt') for text in texts].",
+            remedy=_REMEDY,
         )

@@ -120,7 +120,8 @@ def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: b
         `model`.
 
     Raises:
-        UserError: the model carries adapters already, or its architecture has no gradient checkpointing.
+        UserError: no model of transformers, one that carries adapters already, or an architecture without gradient
+            checkpointing.
     """
     if hasattr(model, "peft_config"):
         raise UserError(
@@ -128,6 +129,13 @@ def prepare_model_for_training(model: PreTrainedModel, gradient_checkpointing: b
             expected="a base model without adapters",
             got=f"a {type(model).__name__} with adapters, which would be frozen too",
             remedy="Call prepare_model_for_training before get_peft_model.",
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            "model",
+            expected="a model of transformers",
+            got=f"a {type(model).__name__}",
+            remedy="For another module, freeze its parameters: module.requires_grad_(False).",
         )
     model.requires_grad_(False)
     if gradient_checkpointing:

@@ -178,6 +178,10 @@ def test_what_is_refused(llama):
         qlora.calibrate_from_float(AutoModelForCausalLM.from_pretrained(llama), llama, INPUTS)
     with pytest.raises(UserError, match=r"inputs: .* got none that reaches model.layers.0.self_attn.q_proj"):
         qlora.calibrate_from_float(model(), llama, [])
+    with pytest.raises(UserError, match=r"inputs: expected batches of tokens, got str\. Pass inputs=\[tokenizer"):
+        qlora.calibrate_from_float(model(), llama, ["a text"])
+    with pytest.raises(UserError, match="rank: expected 0 or more, got -3"):
+        qlora.calibrate_from_float(model(), llama, INPUTS, rank=-3)
     loaded = model()
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight"]

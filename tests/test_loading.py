@@ -393,6 +393,14 @@ def test_prepared_model_is_frozen_uncast_and_recomputes(checkpoint):
     assert hidden.requires_grad
 
 
+def test_what_is_no_base_model_is_not_prepared(checkpoint):
+    with pytest.raises(UserError, match="model: expected a model of transformers, got a Linear"):
+        prepare_model_for_training(torch.nn.Linear(2, 2))
+    tuned = get_peft_model(load_pretrained_4bit(checkpoint), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UserError, match="model: expected a base model without adapters"):
+        prepare_model_for_training(tuned)
+
+
 def test_gradients_with_and_without_recomputation_are_the_same(checkpoint, name):
     gradients = []
     for recompute in (True, False):
