@@ -16,7 +16,7 @@ from qlora.dropout import SeededDropout
 from qlora.optimize import bloom, llama
 from qlora.optimize import graphs as graphs_module
 from qlora.optimize.graphs import Graphs
-from qlora.optimize.recompute import RECOMPUTE
+from qlora.optimize.recompute import RECOMPUTE, RecomputedBlock
 
 
 class Pretended:
@@ -174,7 +174,19 @@ def drop_by_torch(blocks):
     blocks[0].append(nn.Dropout(0.1))
 
 
-@pytest.mark.parametrize("change", [listen, drop_by_torch])
+def train_in_16_bits(blocks):
+    blocks[1].more = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+
+
+class Offloaded(RecomputedBlock, nn.Identity):
+    offload = True
+
+
+def offload(blocks):
+    blocks[0].append(Offloaded())
+
+
+@pytest.mark.parametrize("change", [listen, drop_by_torch, train_in_16_bits, offload])
 def test_what_a_graph_would_leave_out_runs_launch_by_launch(blocks, change):
     graphs = Graphs()
     change(blocks)
