@@ -162,16 +162,18 @@ class _Program:
             return np.full(self.threads, 0x7FC1DEAD, np.uint32).astype(f"u{np.dtype(dtype).itemsize}").view(dtype)
         if operand == "%tid.x":
             return np.arange(self.threads).astype(dtype)
+        if operand == "%laneid":
+            return (np.arange(self.threads) % 32).astype(dtype)
         if operand in _SPECIAL:
             return np.full(self.threads, self.ids[_SPECIAL[operand]]).astype(dtype)
         if operand == "global_smem":
             return np.zeros(self.threads, dtype)
-        if re.fullmatch(r"0f[0-9A-F]{8}", operand):
+        if re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):
             return np.full(self.threads, int(operand[2:], 16), np.uint32).view(np.float32).astype(dtype)
         if dtype is bool:
             return np.full(self.threads, operand not in ("0", "false"))
         bits = 8 * np.dtype(dtype).itemsize
-        return np.full(self.threads, int(operand, 0) % (1 << bits), f"u{bits // 8}").view(dtype)
+        return np.full(self.threads, int(operand.rstrip("U"), 0) % (1 << bits), f"u{bits // 8}").view(dtype)
 
     def set(self, operand: str, value: Values, active: Values) -> None:
         old = self.registers.get(operand)
@@ -196,13 +198,16 @@ class _Program:
         elif name == "mma":
             self._mma(op, operands, active)
         elif name == "shfl":
-            assert op in ("shfl.sync.idx.b32", "shfl.sync.bfly.b32")
+            assert op in ("shfl.sync.idx.b32", "shfl.sync.bfly.b32", "shfl.sync.down.b32")
             assert whole_warps(active)
             thread, lane = np.arange(self.threads), self.get(operands[2], np.int32) % 32
-            source = thread ^ lane if ".bfly." in op else thread // 32 * 32 + lane
+            if ".down." in op:
+                source = np.where(thread % 32 + lane < 32, thread + lane, thread)
+            else:
+                source = thread ^ lane if ".bfly." in op else thread // 32 * 32 + lane
             self.set(operands[0], self.get(operands[1], np.uint32)[source], active)
         elif name == "mov" and "{" in "".join(operands):
-            self._pack(operands, active)
+            self._pack(op, operands, active)
         elif name == "setp":
             dtype = dtype_of(kind)
             a, b = (self.get(operand, dtype) for operand in operands[1:])
@@ -212,6 +217,8 @@ class _Program:
             self.set(operands[0], np.where(self.registers[operands[3]], a, b), active)
         elif name == "stmatrix":
             self._store_matrix(op, operands, active)
+        elif name == "ldmatrix":
+            self._load_matrix(op, operands, active)
         elif name == "cvt":
             self._convert(op, operands, active)
         else:
@@ -244,14 +251,18 @@ class _Program:
         else:
             self.set(operands[0], values[0].astype(dtype_of(to)), active)
 
-    def _pack(self, operands: list[str], active: Values) -> None:
+    def _pack(self, op: str, operands: list[str], active: Values) -> None:
+        """A register from two of half its size, the low one first, or the other way round."""
+        whole = dtype_of(op.split(".")[-1])
+        bits = 4 * np.dtype(whole).itemsize
+        half = np.dtype(f"u{bits // 8}").type
         if operands[1].startswith("{"):
-            low, high = (self.get(part, np.uint16).astype(np.uint32) for part in names_of(operands[1]))
-            self.set(operands[0], low | high << np.uint32(16), active)
+            low, high = (self.get(part, half).astype(whole) for part in names_of(operands[1]))
+            self.set(operands[0], low | high << whole(bits), active)
         else:
-            value = self.get(operands[1], np.uint32)
-            for part, half in zip(names_of(operands[0]), (value, value >> np.uint32(16)), strict=True):
-                self.set(part, half.astype(np.uint16), active)
+            value = self.get(operands[1], whole)
+            for part, content in zip(names_of(operands[0]), (value, value >> whole(bits)), strict=True):
+                self.set(part, content.astype(half), active)
 
     def _move(self, op: str, operands: list[str], active: Values) -> None:
         kind = op.split(".")[-1]
@@ -296,6 +307,16 @@ class _Program:
         places = rows.reshape(-1, 1) + np.arange(16)
         self.shared[places] = self.get(names_of(operands[1])[0], np.uint32).view(np.uint8).reshape(-1, 16)
         self.written[places] = True
+
+    def _load_matrix(self, op: str, operands: list[str], active: Values) -> None:
+        """Four times the other way round: the rows' addresses of matrix i are in lanes 8 i to 8 i + 7."""
+        assert op == "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+        assert active.all()
+        rows = self.address(operands[1]).reshape(-1, 4, 8).astype(np.int64)
+        for matrix, name in enumerate(names_of(operands[0])):
+            places = rows[:, matrix].reshape(-1, 1) + np.arange(16)
+            assert self.written[places].all(), "a shared word that was never written"
+            self.set(name, self.shared[places].reshape(-1, 4).view(np.uint32)[:, 0], active)
 
     def _mma(self, op: str, operands: list[str], active: Values) -> None:
         """m16n8k8 and m16n8k16, row and column fragments of 16 bits, float32 sums."""

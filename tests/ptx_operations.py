@@ -68,6 +68,27 @@ def _fma(a: Values, b: Values, c: Values) -> Values:
     return (a.astype(np.float64) * b + c) if a.dtype == np.float32 else a * b + c
 
 
+def _maximum(a: Values, b: Values) -> Values:
+    """A NaN loses, where the instruction does not say otherwise."""
+    return np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b)
+
+
+def _reciprocal(a: Values) -> Values:
+    """1 / a rounded to the nearest, from which a GPU's may be an ulp away; what is below the normal numbers is 0."""
+    least = np.finfo(np.float32).tiny
+    result = np.float32(1) / np.where(np.abs(a) < least, np.float32(0) * a, a)
+    return np.where(np.abs(result) < least, np.float32(0) * result, result)
+
+
+def _extracted(a: Values, begin: Values, length: Values) -> Values:
+    """So many bits from `begin` on; of a signed number the uppermost of them is the sign."""
+    bits = a.view(np.uint32) >> begin.view(np.uint32) & ((np.uint32(1) << length.view(np.uint32)) - np.uint32(1))
+    if a.dtype.kind == "u":
+        return bits
+    above = np.uint32(32) - length.view(np.uint32)
+    return (bits << above).view(np.int32) >> above.view(np.int32)
+
+
 def _divided(a: Values, b: Values) -> Values:
     return np.trunc(a / b) if a.dtype.kind == "i" else a // b
 
@@ -91,14 +112,16 @@ OPERATIONS: dict[str, Callable[..., Values]] = {
     "fma": _fma,
     "neg": np.negative,
     "min": np.minimum,
-    "max": np.maximum,
+    "max": _maximum,
+    "abs": np.abs,
+    "rcp": _reciprocal,
     "not": np.invert,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
-    "bfe": lambda a, begin, length: a >> begin & ((np.uint32(1) << length) - np.uint32(1)),
+    "bfe": _extracted,
     "lop3": _lop3,
     "prmt": _prmt,
 }
