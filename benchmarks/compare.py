@@ -119,7 +119,7 @@ def _clock(case: Case) -> str:
     """The cases that share a noise: those of a method; of whole models each operation's, for a step of training is
     timed more often than a load."""
     op, what, _, _, method = case
-    return str(method) if re.fullmatch(r"\d+x\d+", str(what)) else f"{op}, {method}"
+    return str(method) if re.fullmatch(r"\d+x\d+", str(what)) else f"{op} ({method})"
 
 
 def _text(case: Case) -> str:

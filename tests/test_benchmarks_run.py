@@ -105,7 +105,7 @@ def test_whole_models_are_tried_too(tmp_path, capsys):
     expected = 4 * (int(operations.stored_bytes(quantized)) + 4 * head) + 2 * 4 * cached * 64 * 2
     assert next(row for row in rows if row["op"] == "generate")["bytes"] == expected
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("noise, "))
-    assert all(f"{op}, wall " in line for op in models.MODEL_OPS), line
+    assert all(f"{op} (wall) " in line for op in models.MODEL_OPS), line
     assert len(compare.ratios(rows)) == len(cases)
 
 

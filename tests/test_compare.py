@@ -70,7 +70,7 @@ def test_a_noisy_load_hides_no_slower_step():
         times |= {("step", "qlora"): step, ("step", "qlora, again"): step, ("step", "bitsandbytes"): 20.0}
         return [base | {"op": op, "m": None, "provider": name, "median_us": us} for (op, name), us in times.items()]
 
-    assert compare.noise(model(10)) == {"load, wall": pytest.approx(0.4), "step, wall": 0.01}
+    assert compare.noise(model(10)) == {"load (wall)": pytest.approx(0.4), "step (wall)": 0.01}
     lines, fine = compare.compare(model(10), model(11))
     assert not fine
     assert "step small float16, wall: 2.00 -> 1.82 times its rival (-9.1%), SLOWER" in lines
