@@ -27,7 +27,7 @@ from .compare import AGAIN, OURS, RESULTS, noise
 from .gauges import Clock, peak_mib
 from .models import LAYERS, MODEL_OPS, asked_of, model_rows
 from .modules import MODULES
-from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, Provider, copy, peak
+from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, copy, peak
 from .precompile import compile_ahead
 from .products import PRODUCTS
 from .providers import add_stacks_flag
@@ -154,44 +154,41 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
     for provider, reason in measured.missing.items():
         row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
         yield {**row, **UNMEASURED, **sizes}
-    together: dict[str, Timing] = {}
-    if "host" in _methods(op, weights[0]):
-        together = host({provider: make(weights[0]) for provider, make in _timed(measured, twice)})
-    for provider, make in _timed(measured, twice):
-        calls = [make(weight) for weight in weights]
-        fixed = {
-            "peak_mib": peak_mib(calls[0], weights[0].device),
+    calls = {provider: [make(weight) for weight in weights] for provider, make in measured.providers.items()}
+    fixed = {
+        provider: {
+            "peak_mib": peak_mib(those[0], weights[0].device),
             "implementation": _implementation(op, provider, measured.m, weights[0]),
         }
-        for method in _methods(op, weights[0]):
+        for provider, those in calls.items()
+    }
+    if twice:  # ours once more: how far the two are apart is the noise of the run
+        calls |= {name + AGAIN: calls[name] for name in OURS if name in calls}
+    for method in _methods(op, weights[0]):
+        reasons = {name: _not_capturable(name, op) if method == "graph" else None for name in calls}
+        timings = _time(method, {name: those for name, those in calls.items() if reasons[name] is None})
+        for provider, reason in reasons.items():
             row: Row = {"op": op, "m": measured.m, "provider": provider, "method": method}
-            reason = _not_capturable(provider, op) if method == "graph" else None
             if reason is not None:
                 yield {**row, "status": "not run", "reason": reason, **UNMEASURED, **sizes}
                 continue
-            timing = together[provider] if method == "host" else _time(method, calls)
+            timing = timings[provider]
             rates: Row = {
                 "gbps": measured.bytes / timing.median_us / 1e3,
                 "tflops": measured.flops / timing.median_us / 1e6,
             }
             rates["sm_mhz"] = clock.mhz()
-            yield {**row, "status": "ok", "reason": None, **asdict(timing), **rates, **fixed, **sizes}
+            rest = fixed[provider.removesuffix(AGAIN)]
+            yield {**row, "status": "ok", "reason": None, **asdict(timing), **rates, **rest, **sizes}
 
 
 def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor) -> str | None:
     """Which of our kernels computes a product; None for what is no single product of ours."""
-    if op not in ("matmul", "matmul_dx", "linear4bit") or provider.removesuffix(AGAIN) not in OURS:
+    if op not in ("matmul", "matmul_dx", "linear4bit") or provider not in OURS:
         return None
     assert m is not None
     rows, columns = weight.shape
     return qkernels.explain(m, rows, columns, weight.dtype, weight.device, backward=op == "matmul_dx").implementation
-
-
-def _timed(measured: Measured, twice: bool) -> Iterator[tuple[str, Provider]]:
-    """Every provider, and ours once more at the end: how far the two are apart is the noise of the run."""
-    yield from measured.providers.items()
-    if twice:
-        yield from ((name + AGAIN, measured.providers[name]) for name in OURS if name in measured.providers)
 
 
 def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
@@ -202,10 +199,11 @@ def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
     return ("flushed", "graph", "host") if op in MODULES else ("flushed", "graph")
 
 
-def _time(method: str, calls: list[Call]) -> Timing:
+def _time(method: str, calls: dict[str, list[Call]]) -> dict[str, Timing]:
     if method == "graph":
         return graph(calls)
-    return {"flushed": flushed, "wall": wall}[method](calls[0])
+    first = {name: those[0] for name, those in calls.items()}
+    return {"flushed": flushed, "host": host, "wall": wall}[method](first)
 
 
 def _not_capturable(provider: str, op: str) -> str | None:

@@ -1,4 +1,6 @@
-"""Three ways to time an operation on a GPU, and one on a CPU; each gives percentiles of repeated runs.
+"""Three ways to time rivals on a GPU, and one on a CPU; each gives percentiles of repeated runs.
+
+On a GPU rivals are timed in turns, so that what changes meanwhile, as the clock does, meets all alike.
 
 * `flushed`: the L2 cache is emptied before every call, and events stand around the call.  Emptying it takes the GPU
   longer than the host takes to launch the call, so no wait for the host is in the time.
@@ -15,10 +17,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Look = Callable[[int], list[float]]  # so many repeats -> microseconds a call of each
+Key = TypeVar("Key")
+TURNS = 5
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
 
@@ -31,26 +38,47 @@ class Timing:
     p80_us: float
 
 
-def flushed(call: Call, seconds: float = 0.06) -> Timing:
-    """Time one call at a time, each with a cold L2 cache, for about so many seconds."""
+def in_turns(looks: Mapping[Key, Look], repeats: Mapping[Key, int]) -> dict[Key, list[float]]:
+    """Look at each so often, a share of it in each of several turns: a drift of the GPU's clock meets all alike.
+
+    The clock falls by a third while large products run, and what is timed after them begins with it.
+    """
+    times: dict[Key, list[float]] = {name: [] for name in looks}
+    for _ in range(TURNS):
+        for name, look in looks.items():
+            times[name] += look(-(-repeats[name] // TURNS))
+    return times
+
+
+def flushed(calls: Mapping[str, Call], seconds: float = 0.06) -> dict[str, Timing]:
+    """Time one call at a time, each with a cold L2 cache, for about so many seconds each; in turns."""
     buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(3):  # compiles and warms up
-        call()
     fill_s = _seconds(buffer.zero_)
-    begin = time.perf_counter()
-    for _ in range(3):
-        call()
-    fills = 1 + math.ceil((time.perf_counter() - begin) / 3 / fill_s)
-    repeats = min(200, max(20, int(seconds / (fills * fill_s + _seconds(call)))))
+    looks: dict[str, Look] = {}
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        for _ in range(3):  # compiles and warms up
+            call()
+        begin = time.perf_counter()
+        for _ in range(3):
+            call()
+        # Twice as long as the host takes now: it may be slower later.
+        fills = 1 + math.ceil(2 * (time.perf_counter() - begin) / 3 / fill_s)
+        repeats[name] = min(200, max(20, int(seconds / (fills * fill_s + _seconds(call)))))
+        looks[name] = partial(_cold, call, buffer.zero_, fills)
+    return {name: percentiles(times) for name, times in in_turns(looks, repeats).items()}
+
+
+def _cold(call: Call, fill: Call, fills: int, repeats: int) -> list[float]:
     pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for before, after in pairs:
         for _ in range(fills):
-            buffer.zero_()
+            fill()
         before.record()
         call()
         after.record()
     torch.cuda.synchronize()
-    return percentiles([1e3 * before.elapsed_time(after) for before, after in pairs])
+    return [1e3 * before.elapsed_time(after) for before, after in pairs]
 
 
 def _seconds(call: Call) -> float:
@@ -65,17 +93,18 @@ def _seconds(call: Call) -> float:
     return before.elapsed_time(after) / 3e3
 
 
-def graph(calls: Sequence[Call], repeats: int = 30) -> Timing:
-    """Time a rotation of calls in one CUDA graph; microseconds a call.
+def graph(calls: Mapping[str, Sequence[Call]], repeats: int = 30) -> dict[str, Timing]:
+    """Time rotations of calls, each in one CUDA graph, in turns; microseconds a call.
 
     Raises:
         RuntimeError: a call cannot be captured.
     """
-    return percentiles(rotation(calls)(repeats))
+    looks = {name: rotation(those) for name, those in calls.items()}
+    return {name: percentiles(times) for name, times in in_turns(looks, dict.fromkeys(calls, repeats)).items()}
 
 
-def rotation(calls: Sequence[Call]) -> Callable[[int], list[float]]:
-    """Capture a rotation of calls in one CUDA graph, for several looks at it: (repeats) -> each one's us a call.
+def rotation(calls: Sequence[Call]) -> Look:
+    """Capture a rotation of calls in one CUDA graph, for several looks at it.
 
     Raises:
         RuntimeError: a call cannot be captured.
@@ -122,9 +151,9 @@ def host(calls: Mapping[str, Call], repeats: int = 50, rounds: int = 101) -> dic
     return {name: percentiles(those[1:]) for name, those in times.items()}  # the first round warms up
 
 
-def wall(call: Call, repeats: int = 5) -> Timing:
+def wall(calls: Mapping[str, Call], repeats: int = 5) -> dict[str, Timing]:
     """Time on a CPU; for trials of the script."""
-    return percentiles(clock(call, repeats))
+    return {name: percentiles(clock(call, repeats)) for name, call in calls.items()}
 
 
 def clock(call: Call, repeats: int) -> list[float]:

@@ -18,7 +18,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -37,16 +37,14 @@ from .precompile import compile_ahead
 from .products import exact_weight
 from .report import Row
 from .run import ROTATION, ROWS, shapes_of
-from .timing import clock, percentiles, rotation
+from .timing import Look, clock, in_turns, percentiles, rotation
 
 OPS = ("matmul", "matmul_dx")
-# Replays in the short look at every candidate; then turns of replays, one candidate after the other in each, so that
-# a drift of the GPU's clock meets all; microseconds that a turn of one takes, where it is not a few replays only.
-SHORT, TURNS, TURN_US = 5, 4, 5000
+# Replays in the short look at every candidate; microseconds of the long one, where these are not a few replays only.
+SHORT, LOOK_US = 5, 25_000
 # Up to so much slower in the short look, a candidate is looked at again: several times what two short looks differ by.
 NEAR, MOST_NEAR = 1.06, 6
 Packed = tuple[Tensor, qkernels.QuantState]
-Look = Callable[[int], list[float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +92,10 @@ def _point(asked: Product, x: Tensor, weights: list[Packed], truth: Tensor, own:
         first[candidate] = statistics.median(times)
         yield _row(candidate, taken, 1, times)
     finalists = _finalists(first, taken)
-    again: dict[Candidate, list[float]] = {candidate: [] for candidate in finalists}
-    for _ in range(TURNS if x.is_cuda else 1):
-        for candidate in finalists:
-            again[candidate] += looks[candidate](_repeats(first[candidate] * len(weights)))
+    again = in_turns(
+        {candidate: looks[candidate] for candidate in finalists},
+        {candidate: _repeats(first[candidate] * len(weights)) for candidate in finalists},
+    )
     fastest = min(map(statistics.median, again.values()))
     for candidate, times in again.items():
         row = _row(candidate, taken, 2, times)
@@ -116,8 +114,8 @@ def _finalists(first: dict[Candidate, float], taken: Candidate) -> list[Candidat
 
 
 def _repeats(us: float) -> int:
-    """Of what takes so long, in one turn: enough for a median of all turns, but no more than a share of a second."""
-    return max(3, min(8, round(TURN_US / us)))
+    """Of what takes so long: enough for a median, but no more than a share of a second."""
+    return max(15, min(40, round(LOOK_US / us)))
 
 
 def _row(candidate: Candidate, taken: Candidate, number: int, times: list[float]) -> Row:

@@ -50,7 +50,7 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize("host_us", [2, 60, 900])
 def test_a_slow_host_is_not_in_the_time(machine, host_us):
-    assert timing.flushed(lambda: machine.launch(host_us, 10)).median_us == pytest.approx(10)
+    assert timing.flushed({"call": lambda: machine.launch(host_us, 10)})["call"].median_us == pytest.approx(10)
 
 
 def test_a_wait_within_the_call_is(machine):
@@ -59,7 +59,7 @@ def test_a_wait_within_the_call_is(machine):
         machine.wait()
         machine.launch(40, 10)
 
-    assert timing.flushed(call).median_us == pytest.approx(10 + 40 + 10, abs=5)
+    assert timing.flushed({"call": call})["call"].median_us == pytest.approx(10 + 40 + 10, abs=5)
 
 
 def test_what_else_the_host_does_meets_all_calls_alike(machine):
@@ -73,6 +73,19 @@ def test_what_else_the_host_does_meets_all_calls_alike(machine):
     found = timing.host({name: lambda name=name: call(name) for name in ("ours", "theirs")}, repeats=2, rounds=75)
     for name in ("ours", "theirs"):
         assert (found[name].p20_us, found[name].p80_us) == pytest.approx((10, 30))
+
+
+def test_a_clock_that_falls_meets_all_alike(machine):
+    """After two of five turns all takes twice as long."""
+    launched = []
+
+    def call() -> None:
+        launched.append(machine.gpu_us)
+        machine.launch(1, 10 if len(launched) <= 106 else 20)
+
+    ours, theirs = timing.flushed({"ours": call, "theirs": call}, seconds=0.02).values()
+    assert len(launched) == 18 + 2 * 5 * 22
+    assert ours == theirs
 
 
 def test_a_fast_host_does_not_wait_for_the_gpu(machine):
