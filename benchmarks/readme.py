@@ -19,6 +19,7 @@ from pathlib import Path
 from qlora.markdown import markdown_table
 
 from .aims import short_of
+from .compare import noise
 from .environment import ROOT
 from .error.sections import usual
 from .figures import RESULTS, newest
@@ -101,8 +102,15 @@ def _table(name: str, results: Path, to_results: str) -> str:
     if command is not None:
         command = first.get("command") or command
         source += f": `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}"
+        source += "".join(map(_noise, (rows for _, rows in records)))
     introduction = f"\n{INTRODUCTIONS[name]}\n" if name in INTRODUCTIONS else ""
     return f"{introduction}\n{markdown_table(head, body)}\n\n{source}.\n\n"
+
+
+def _noise(rows: list[Row]) -> str:
+    """How far the same code timed twice was apart in the record's run; nothing where that was not measured."""
+    found = noise(rows) if "method" in rows[0] else {}
+    return f"; noise: {', '.join(f'{clock} {value:.1%}' for clock, value in found.items())}" if found else ""
 
 
 def _newest(results: Path, pattern: str) -> tuple[Path, list[Row]] | None:

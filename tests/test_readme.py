@@ -202,7 +202,7 @@ def test_the_tables_of_whole_models_and_of_the_hosts_part(tmp_path):
     assert "| generating, float16 |  | - |" in text
     host = [
         base
-        | {"op": "linear4bit", "rows": 8, "columns": 4, "method": method, "status": "ok", "provider": name}
+        | {"op": "linear4bit", "rows": 8, "columns": 4, "m": 1, "method": method, "status": "ok", "provider": name}
         | {"median_us": us}
         for method, name, us in (
             *(("host", "qkernels", us) for us in (9.0, 9.5, 14.0)),
