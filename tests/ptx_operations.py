@@ -45,6 +45,12 @@ def from_bits(bits: Values, kind: str) -> Values:
     return torch.from_numpy(bits.view(np.int16).copy()).view(dtype).double().numpy()
 
 
+def _dp4a(a: Values, b: Values, c: Values) -> Values:
+    """c plus the sum of four products of bytes."""
+    bytes_of = [(value[..., None] >> np.arange(0, 32, 8, dtype=np.uint32)) & np.uint32(255) for value in (a, b)]
+    return c + (bytes_of[0] * bytes_of[1]).sum(-1).astype(np.uint32)
+
+
 def _lop3(a: Values, b: Values, c: Values, table: Values) -> Values:
     result = np.zeros_like(a)
     for index in range(8):
@@ -122,6 +128,7 @@ OPERATIONS: dict[str, Callable[..., Values]] = {
     "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
     "bfe": _extracted,
+    "dp4a": _dp4a,
     "lop3": _lop3,
     "prmt": _prmt,
 }

@@ -23,7 +23,7 @@ def test_every_configuration_can_be_launched(N, K, sm):
         assert config.num_warps % config.row_warps == 0
         assert config.paired == (M <= 4)
         assert config.turing == (sm < 80)
-        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps, config.stride)
+        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps)
         assert used == config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ._lanes import from_lane, load_if, store_shared_pair
+from ._lanes import entry_asm, from_lane, load_if, store_shared_pair
 
 
 def _load_asm(words: int) -> str:
@@ -35,13 +35,9 @@ def _decode_asm(kind: str) -> str:
         "shl.b32 odd, $8, 4; lop3.b32 odd, odd, $9, 0xF0F0F0F0, 0xE4;",
     ]
     for number in range(4):
-        right = 8 * number - 7
         for half, word in enumerate(("even", "odd")):
-            shift = f"shr.b32 address, {word}, {right};" if right > 0 else f"shl.b32 address, {word}, {-right};"
             lines += [
-                shift,
-                "lop3.b32 address, address, 0x7f80, $12, 0xEA;",
-                "add.u32 address, address, table;",
+                *entry_asm(word, number, "$12"),
                 "ld.shared.v2.f32 {code, code_1}, [address];",
                 "mul.rn.f32 code, code, $10; mul.rn.f32 code_1, code_1, $11;",
             ]

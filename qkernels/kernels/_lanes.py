@@ -24,23 +24,28 @@ _FROM_LANE = gl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 _SWAP = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
 
 
-def _look_up_asm(stride: int) -> str:
+def entry_asm(word: str, byte: int, lane_offset: str) -> list[str]:
+    """`address` of a byte's entry in a table of rows of 128 bytes, at which each lane has its own place.
+
+    The sum of four products of bytes, of which one is 128 and the others are 0: one instruction, and not of the integer
+    unit, which is the busier one.
+    """
+    return [
+        f"dp4a.u32.u32 address, {word}, {0x80 << 8 * byte:#x}, {lane_offset};",
+        "add.u32 address, address, table;",
+    ]
+
+
+def _look_up_asm() -> str:
     """Four bytes of row g and four of row g + 8 ($8, $9) to the eight registers of two m16n8k16 fragments.
 
-    A byte's entry is at byte * stride + 4 lane ($10): each lane has a bank of its own.  With a stride of 256 bytes the
-    address is one byte permute (half the memory is not used), with 128 bytes a shift and an and-or.
+    A byte's entry is at 128 byte + 4 lane ($10): each lane has a bank of its own.
     """
     lines = ["{ .reg .b32 address, table;", "mov.u32 table, global_smem;"]
     for step in range(2):
         for register, (row, byte) in enumerate((("$8", 0), ("$9", 0), ("$8", 1), ("$9", 1))):
-            number = 2 * step + byte
-            if stride == 256:
-                lines.append(f"prmt.b32 address, {row}, $10, {0x5504 | number << 4:#x};")
-            else:
-                right = 8 * number - 7
-                shift = f"shr.b32 address, {row}, {right};" if right > 0 else f"shl.b32 address, {row}, {-right};"
-                lines += [shift, "lop3.b32 address, address, 0x7f80, $10, 0xEA;"]
-            lines += ["add.u32 address, address, table;", f"ld.shared.b32 ${4 * step + register}, [address];"]
+            lines += entry_asm(row, 2 * step + byte, "$10")
+            lines.append(f"ld.shared.b32 ${4 * step + register}, [address];")
     return "\n".join(lines) + "\n}"
 
 
@@ -64,8 +69,7 @@ def _mma_asm(kind: str) -> str:
     return "\n".join(lines)
 
 
-_LOOK_UP_128 = gl.constexpr(_look_up_asm(128))
-_LOOK_UP_256 = gl.constexpr(_look_up_asm(256))
+_LOOK_UP = gl.constexpr(_look_up_asm())
 _MMA_F16 = gl.constexpr(_mma_asm("f16"))
 _MMA_BF16 = gl.constexpr(_mma_asm("bf16"))
 _MMA_SM75 = gl.constexpr(_mma_asm("sm_75"))
@@ -147,10 +151,10 @@ def from_lane(value, lane):
 
 
 @gluon.jit
-def look_up(row, row8, lane4, STRIDE: gl.constexpr):
+def look_up(row, row8, lane4):
     """Decode four bytes of a row and four of the row eight below it: eight fragment registers."""
     return gl.inline_asm_elementwise(
-        _LOOK_UP_256 if STRIDE == 256 else _LOOK_UP_128,
+        _LOOK_UP,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
         [row, row8, lane4],
         dtype=[gl.int32] * 8,

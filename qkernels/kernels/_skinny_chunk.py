@@ -29,14 +29,14 @@ def _add_scaled(acc, ACC: gl.constexpr, part, scale, scale_8):
 
 
 @gluon.jit
-def paired_chunk(acc, w, x, scales, lane, TILES: gl.constexpr, STRIDE: gl.constexpr, KIND: gl.constexpr):
+def paired_chunk(acc, w, x, scales, lane, TILES: gl.constexpr, KIND: gl.constexpr):
     """Add a chunk's product for M <= 4: lanes 0 and 1 of a quad have the sums of the first block of 64, lanes 2 and 3
     those of the second."""
     sums = ()
     for tile in gl.static_range(TILES):
         part = zeros(lane)
         for word in gl.static_range(4):
-            a = look_up(w[8 * tile + word], w[8 * tile + 4 + word], lane * 4, STRIDE)
+            a = look_up(w[8 * tile + word], w[8 * tile + 4 + word], lane * 4)
             part = mma(a, x, 4 * word, part, KIND)
         here = scales + 128 * tile + lane % 4 // 2 * 4
         sums = sums + _add_scaled(acc, 4 * tile, part, load_shared(here), load_shared(here + 64))
@@ -68,14 +68,13 @@ def half_chunk(
     HALF: gl.constexpr,
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
-    STRIDE: gl.constexpr,
     KIND: gl.constexpr,
 ):
     """Add the product of half a chunk, 64 k, for all columns of x."""
     sums = ()
     for tile in gl.static_range(TILES):
-        a = look_up(w[8 * tile + 2 * HALF], w[8 * tile + 4 + 2 * HALF], lane * 4, STRIDE)
-        a_1 = look_up(w[8 * tile + 2 * HALF + 1], w[8 * tile + 5 + 2 * HALF], lane * 4, STRIDE)
+        a = look_up(w[8 * tile + 2 * HALF], w[8 * tile + 4 + 2 * HALF], lane * 4)
+        a_1 = look_up(w[8 * tile + 2 * HALF + 1], w[8 * tile + 5 + 2 * HALF], lane * 4)
         scale = load_shared(scales + 128 * tile + 4 * HALF)
         scale_8 = load_shared(scales + 128 * tile + 64 + 4 * HALF)
         for j in gl.static_range(GROUPS):

@@ -58,7 +58,7 @@ def load_x(address, chunk, column, inside, M, HALF: gl.constexpr, K: gl.constexp
 
 
 @gluon.jit
-def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, num_warps: gl.constexpr):
+def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr):
     """The entry of every byte, 256 / num_warps a warp, for each lane's bank: high nibble in the low 16 bits."""
     code = lane * 0
     for index in gl.static_range(16):
@@ -66,7 +66,7 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, STRIDE: gl.constexpr, nu
     for i in gl.static_range(256 // num_warps):
         byte = warp * (256 // num_warps) + i
         pair = from_lane(code, byte // 16) | (from_lane(code, byte % 16) << 16)
-        store_shared(shared + byte * STRIDE + lane * 4, pair)
+        store_shared(shared + byte * 128 + lane * 4, pair)
 
 
 @gluon.jit

@@ -27,6 +27,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
+from ..tuning.skinny import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny import SkinnyConfig
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import load_shared, shared_address, store_shared, wait_for_all, warp_number
@@ -44,6 +45,8 @@ from ._skinny_inputs import (
     load_x_paired,
     store_scales,
 )
+
+TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
 
 
 @gluon.jit
@@ -117,7 +120,6 @@ def _matmul_skinny_kernel(
     PAIRED: gl.constexpr,
     TILES: gl.constexpr,
     ROW_WARPS: gl.constexpr,
-    STRIDE: gl.constexpr,
     EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
 ):
@@ -141,7 +143,7 @@ def _matmul_skinny_kernel(
     k_warp = warp % K_WARPS
     row_warp = warp // K_WARPS
     shared = shared_address(thread)
-    scales = shared + 256 * STRIDE
+    scales = shared + TABLE_BYTES
     # Programs beside each other share W's rows, which the second finds in the cache.
     x_ptr += gl.program_id(0) * (COLUMNS * K)
     out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
@@ -160,7 +162,7 @@ def _matmul_skinny_kernel(
         x_address = x_ptr.to(gl.int64) + (column * K + t % 2 * 32 + t // 2 * 8) * 2
 
     if EARLY:
-        fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+        fill_table(shared, warp, lane, CODES, num_warps)
         wait_for_previous(thread)
         let_next_begin(thread)
     scale_pairs = load_scales(
@@ -176,7 +178,7 @@ def _matmul_skinny_kernel(
         x_1 = load_x(x_address, chunk, column, inside_now, M, 1, K, COLUMNS)
     wait_for_all(thread)
     if not EARLY:
-        fill_table(shared, warp, lane, CODES, STRIDE, num_warps)
+        fill_table(shared, warp, lane, CODES, num_warps)
     store_scales(scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, 0, K, NESTED, ROWS, num_warps)
     for batch in gl.static_range(1, SCALE_BATCHES):
         scale_pairs = load_scales(
@@ -212,15 +214,15 @@ def _matmul_skinny_kernel(
         if PAIRED:
             x_then = load_x_paired(x_address, following, t, inside_then, K)
             if step * K_WARPS + this_k_warp < CHUNKS:
-                acc = paired_chunk(acc, w, x, here, lane, TILES, STRIDE, KIND)
+                acc = paired_chunk(acc, w, x, here, lane, TILES, KIND)
             x = x_then
         else:
             if step * K_WARPS + this_k_warp < CHUNKS:
                 w = swapped(w, lane, TILES)
-                acc = half_chunk(acc, w, x, here, lane, 0, TILES, GROUPS, STRIDE, KIND)
+                acc = half_chunk(acc, w, x, here, lane, 0, TILES, GROUPS, KIND)
             x = load_x(x_address, following, column, inside_then, M, 0, K, COLUMNS)
             if step * K_WARPS + this_k_warp < CHUNKS:
-                acc = half_chunk(acc, w, x_1, here, lane, 1, TILES, GROUPS, STRIDE, KIND)
+                acc = half_chunk(acc, w, x_1, here, lane, 1, TILES, GROUPS, KIND)
             x_1 = load_x(x_address, following, column, inside_then, M, 1, K, COLUMNS)
         w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
@@ -257,7 +259,6 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "PAIRED": config.paired,
         "TILES": config.tiles,
         "ROW_WARPS": config.row_warps,
-        "STRIDE": config.stride,
         "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
     }

@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+TABLE_BYTES = 32768  # two 16-bit codes of 256 bytes, for each of 32 lanes
 CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
 SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -22,7 +23,6 @@ class SkinnyConfig(NamedTuple):
     tiles: tiles of 16 rows of W a warp.
     row_warps: warps that share the rows of a program; the others share K.
     num_warps: warps a program.
-    stride: bytes from one entry of the table to the next, for 32 copies of it: 256 (fewer instructions) or 128.
     paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
     early: it begins while the kernel before it ends (`kernels/_early.py`).
@@ -34,7 +34,6 @@ class SkinnyConfig(NamedTuple):
     tiles: int
     row_warps: int
     num_warps: int
-    stride: int
     paired: bool
     turing: bool
     early: bool
@@ -47,12 +46,12 @@ class SkinnyConfig(NamedTuple):
         return 16 * self.tiles * self.row_warps
 
 
-def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int, stride: int) -> int:
+def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int) -> int:
     """Shared memory of a program: the table and two scales a row and chunk of K; later the sums, one a thread and
     value.  Whole rows of one float32 a thread."""
     scales = (-(-K // CHUNK) + 1) * (16 * tiles * row_warps * 8 + 8)
     row = 4 * 32 * num_warps
-    return -(-max(256 * stride + scales, 4 * tiles * (columns // 8) * row) // row) * row
+    return -(-max(TABLE_BYTES + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
 
 # The most rows of x for which the fused product is taken; on an H100 more of them are the wgmma product's.  Elsewhere,
@@ -71,7 +70,6 @@ _SHAPES = {
 }
 # With a long K fewer programs of 32 rows are enough, as each has more to do, by more warps.
 _LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 8, 0.9
-_STRIDE = 128
 
 
 def generation(sm: int) -> int:
@@ -91,11 +89,11 @@ def _most_rows(M: int) -> int:
 
 def _config(M: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
     columns = max(8, _most_rows(M))
-    shared = shared_bytes(K, columns, tiles, row_warps, num_warps, _STRIDE)
+    shared = shared_bytes(K, columns, tiles, row_warps, num_warps)
     # With fewer rows of x a multiprocessor has room for more programs than its share.  Those of a kernel that begins
     # early crowd where there is room first, and an H100 took up to 25% longer.
     early = known >= 90 and M > 16
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, _STRIDE, M <= 4, known == 75, early, shared)
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, M <= 4, known == 75, early, shared)
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
