@@ -9,7 +9,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..tuning.skinny import CHUNK as _CHUNK_SIZE
-from ._lanes import from_lane, load_if, load_once, store_shared, store_shared_pair
+from ._lanes import from_lane, load_if, load_once, load_shared, store_shared, store_shared_pair
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
 SCALE_BATCH = gl.constexpr(4)  # pairs of scales that a lane loads at once
@@ -70,6 +70,21 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr)
 
 
 @gluon.jit
+def load_map(absmax_code_ptr, thread, THREADS: gl.constexpr):
+    """The 8-bit map of nested scales, so many entries a thread; threads past its end take its beginning again."""
+    entries = ()
+    for first in gl.static_range(0, 256, THREADS):
+        entries = entries + (gl.load(absmax_code_ptr + (first + thread) % 256),)
+    return entries
+
+
+@gluon.jit
+def store_map(map_address, entries, thread, THREADS: gl.constexpr):
+    for i in gl.static_range((256 + THREADS - 1) // THREADS):
+        store_shared(map_address + (i * THREADS + thread) % 256 * 4, entries[i].to(gl.int32, bitcast=True))
+
+
+@gluon.jit
 def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, K: gl.constexpr, num_warps: gl.constexpr):
     """Row of the program and chunk of the scales that a lane has in a turn: lanes over chunks, warps over rows."""
     SPANS: gl.constexpr = (K // 64 + 63) // 64  # of 32 chunks
@@ -122,8 +137,8 @@ def load_scales(
 def store_scales(
     shared,
     loaded,
-    absmax_code_ptr,
-    absmax_offset_ptr,
+    map_address,
+    offset,
     warp,
     lane,
     BATCH: gl.constexpr,
@@ -134,12 +149,10 @@ def store_scales(
 ):
     """Decode what `load_scales` loaded and lay it out as [chunk][row][2], float32."""
     CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
-    if NESTED:
-        offset = gl.load(absmax_offset_ptr)
     for i in gl.static_range(SCALE_BATCH):
         if NESTED:
-            scale = gl.load(absmax_code_ptr + loaded[4 * i].to(gl.int32)) * loaded[4 * i + 2] + offset
-            scale_2 = gl.load(absmax_code_ptr + loaded[4 * i + 1].to(gl.int32)) * loaded[4 * i + 3] + offset
+            scale = load_shared(map_address + loaded[4 * i].to(gl.int32) * 4) * loaded[4 * i + 2] + offset
+            scale_2 = load_shared(map_address + loaded[4 * i + 1].to(gl.int32) * 4) * loaded[4 * i + 3] + offset
         else:
             scale = loaded[2 * i]
             scale_2 = loaded[2 * i + 1]

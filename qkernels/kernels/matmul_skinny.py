@@ -27,6 +27,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
+from ..tuning.skinny import MAP_BYTES as _MAP_SIZE
 from ..tuning.skinny import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny import SkinnyConfig
 from ._early import let_next_begin, wait_for_previous
@@ -39,14 +40,17 @@ from ._skinny_inputs import (
     SCALE_BATCH,
     chunk_offset,
     fill_table,
+    load_map,
     load_scales,
     load_weights,
     load_x,
     load_x_paired,
+    store_map,
     store_scales,
 )
 
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
+MAP_BYTES = gl.constexpr(_MAP_SIZE)
 
 
 @gluon.jit
@@ -143,7 +147,8 @@ def _matmul_skinny_kernel(
     k_warp = warp % K_WARPS
     row_warp = warp // K_WARPS
     shared = shared_address(thread)
-    scales = shared + TABLE_BYTES
+    map_address = shared + TABLE_BYTES
+    scales = map_address + MAP_BYTES
     # Programs beside each other share W's rows, which the second finds in the cache.
     x_ptr += gl.program_id(0) * (COLUMNS * K)
     out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
@@ -176,10 +181,18 @@ def _matmul_skinny_kernel(
     else:
         x = load_x(x_address, chunk, column, inside_now, M, 0, K, COLUMNS)
         x_1 = load_x(x_address, chunk, column, inside_now, M, 1, K, COLUMNS)
+    offset = 0.0
+    map_entries = ()
+    if NESTED:  # before the scales are there: what is looked up for them should not be waited for after them
+        map_entries = load_map(absmax_code_ptr, thread, THREADS)
+        offset = gl.load(absmax_offset_ptr)
     wait_for_all(thread)
     if not EARLY:
         fill_table(shared, warp, lane, CODES, num_warps)
-    store_scales(scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, 0, K, NESTED, ROWS, num_warps)
+    if NESTED:
+        store_map(map_address, map_entries, thread, THREADS)
+        wait_for_all(thread)
+    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, K, NESTED, ROWS, num_warps)
     for batch in gl.static_range(1, SCALE_BATCHES):
         scale_pairs = load_scales(
             absmax_ptr,
@@ -195,9 +208,7 @@ def _matmul_skinny_kernel(
             ROWS,
             num_warps,
         )
-        store_scales(
-            scales, scale_pairs, absmax_code_ptr, absmax_offset_ptr, warp, lane, batch, K, NESTED, ROWS, num_warps
-        )
+        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, K, NESTED, ROWS, num_warps)
     wait_for_all(thread)
 
     acc = zeros(lane)

@@ -10,6 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 TABLE_BYTES = 32768  # two 16-bit codes of 256 bytes, for each of 32 lanes
+MAP_BYTES = 1024  # the 8-bit map of nested scales
 CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
 SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -47,11 +48,11 @@ class SkinnyConfig(NamedTuple):
 
 
 def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int) -> int:
-    """Shared memory of a program: the table and two scales a row and chunk of K; later the sums, one a thread and
-    value.  Whole rows of one float32 a thread."""
+    """Shared memory of a program: the table, the map and two scales a row and chunk of K; later the sums, one a thread
+    and value.  Whole rows of one float32 a thread."""
     scales = (-(-K // CHUNK) + 1) * (16 * tiles * row_warps * 8 + 8)
     row = 4 * 32 * num_warps
-    return -(-max(TABLE_BYTES + scales, 4 * tiles * (columns // 8) * row) // row) * row
+    return -(-max(TABLE_BYTES + MAP_BYTES + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
 
 # The most rows of x for which the fused product is taken; on an H100 more of them are the wgmma product's.  Elsewhere,

@@ -9,12 +9,11 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from .skinny import PROCESSORS, SHARED_LIMIT_BYTES, generation
+from .skinny import MAP_BYTES, PROCESSORS, SHARED_LIMIT_BYTES, generation
 
 STEP = 32  # rows of W that a warp's lanes have at a time, eight a lane
 SCALE_PITCH = 36  # float32 from one block's 32 scales to the next block's: no bank is met twice
 TABLE_BYTES = 32768  # float32 pairs of 256 bytes, for each of 16 lanes
-_MAP_BYTES = 1024  # the 8-bit map of nested scales
 
 
 class SkinnyDxConfig(NamedTuple):
@@ -59,7 +58,7 @@ class SkinnyDxConfig(NamedTuple):
         Whole rows of one word a thread.
         """
         row = 4 * 32 * self.num_warps
-        decoding = TABLE_BYTES + _MAP_BYTES + 2 * self.num_warps * self.bytes // 4 * SCALE_PITCH * 4
+        decoding = TABLE_BYTES + MAP_BYTES + 2 * self.num_warps * self.bytes // 4 * SCALE_PITCH * 4
         return -(-max(decoding, 2 * self.bytes * (row + 4)) // row) * row
 
 
