@@ -282,7 +282,7 @@ _SKINNY_DX_SHAPES = ((12288, 4096), (4096, 16384), (11008, 4096), (333, 64), (10
 
 
 def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
-    for M in (1, 16, 32):
+    for M in (1, 16, 32, 64):
         for N, K in _SKINNY_DX_SHAPES:
             for dtype in ("fp16", "bf16") if sm >= 80 and K == 4096 else ("fp16",):
                 yield skinny_dx_variant(M, N, K, sm, dtype, "nf4", 64, nested=K != 64)

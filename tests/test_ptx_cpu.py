@@ -20,6 +20,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
         (8, 96, 320, {"compress_statistics": True}),  # a tile that is not full
         (13, 77, 192, {"compress_statistics": False}),  # rows of dy that are not aligned
         (37, 8, 128, {"compress_statistics": True, "quant_type": "fp4", "blocksize": 128}),
+        (50, 530, 192, {"compress_statistics": True}),  # more than 32 rows, in several turns
     ],
 )
 def test_dx(arch, M, N, K, options):

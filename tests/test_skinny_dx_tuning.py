@@ -20,7 +20,7 @@ def test_every_configuration_can_be_launched(N, K, sm):
     for M in range(1, skinny_dx_limit(sm) + 1):
         config = skinny_dx_config(M, N, K, sm)
         assert config is not None
-        assert min(M, 32) <= config.columns <= 2 * max(M, 4)
+        assert min(M, 32 if sm < 80 else 64) <= config.columns <= 2 * max(M, 4)
         assert config.num_warps % config.k_warps == 0
         assert config.turing == (sm < 80)
         assert config.early == (sm >= 90)
@@ -32,12 +32,22 @@ def test_every_configuration_can_be_launched(N, K, sm):
 @pytest.mark.parametrize("sm", [75, 80, 90])
 @pytest.mark.parametrize(("N", "K"), SHAPES[2:6])
 def test_every_multiprocessor_and_every_warp_has_work(N, K, sm):
-    for M in (1, 8, 16, 32):
+    for M in (1, 8, 16, 32, 64):
         config = skinny_dx_config(M, N, K, sm)
         programs = -(-K // config.rows) * config.parts
         assert programs >= 0.7 * PROCESSORS[sm]
         assert config.parts * (config.num_warps // config.k_warps) <= -(-N // STEP)
         assert config in skinny_dx_candidates(M, N, K, sm)
+
+
+def test_many_rows_of_dy_and_a_long_k_need_no_second_launch():
+    chosen = {(N, K): skinny_dx_config(64, N, K, 90) for N, K in SHAPES[2:6]}
+    assert {shape: (config.columns, config.num_warps, config.parts) for shape, config in chosen.items()} == {
+        (4096, 4096): (64, 4, 8),
+        (12288, 4096): (64, 4, 8),
+        (4096, 16384): (64, 8, 1),
+        (11008, 4096): (64, 4, 8),
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,18 +24,16 @@ def load_step(
     NESTED: gl.constexpr,
     NESTED_BLOCK: gl.constexpr,
     QUANT_BLOCK: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    COLUMNS: gl.constexpr,
     BYTES: gl.constexpr,
 ):
-    """A step's words of W, stored scales, and dy.  Rows after the last are the last eight again, of a dy that is 0.
+    """A step's words of W and stored scales.  Rows after the last are the last eight again, of a dy that is 0.
 
     `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
     first block of 64 k and the program's first row of dy, `sizes` are M and N.
     """
-    packed_ptr, absmax_ptr, absmax_8bit_ptr, dy_ptr = pointers
-    lane, column, first_block, first_m = place
-    M, N = sizes
+    packed_ptr, absmax_ptr, absmax_8bit_ptr = pointers[:3]
+    lane, column, first_block = place[:3]
+    N = sizes[1]
     n = first + lane % 4 * 8
     row = gl.minimum(n, N - 8)
     address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column
@@ -55,8 +53,7 @@ def load_step(
         NESTED_BLOCK,
         QUANT_BLOCK,
     )
-    dy = load_dy(dy_ptr, first_m + lane // 4, row, n, inside, M, N, ALIGNED, COLUMNS)
-    return w, stored, dy
+    return w, stored
 
 
 @gluon.jit
@@ -65,33 +62,81 @@ def _four(acc, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def multiply(acc, w, scales, dy, lane8, BYTES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr):
-    """Add the product of 32 rows of W."""
+def _two(pairs, FIRST: gl.constexpr):
+    return (pairs[FIRST], pairs[FIRST + 1])
+
+
+@gluon.jit
+def load_columns(
+    pointers,
+    place,
+    sizes,
+    first,
+    inside,
+    FIRST: gl.constexpr,
+    ALIGNED: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """A step's COLUMNS rows of dy from the program's row FIRST on: four registers for each eight."""
+    lane = place[0]
+    M, N = sizes
+    n = first + lane % 4 * 8
+    m = place[3] + FIRST + lane // 4
+    return load_dy(pointers[3], m, gl.minimum(n, N - 8), n, inside, M, N, ALIGNED, COLUMNS)
+
+
+@gluon.jit
+def multiply(
+    acc,
+    w,
+    scales,
+    dy,
+    lane8,
+    pointers,
+    place,
+    sizes,
+    first,
+    inside,
+    ALIGNED: gl.constexpr,
+    BYTES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    KIND: gl.constexpr,
+):
+    """Add the product of 32 rows of W, eight rows of dy after the other.
+
+    Of more than eight, those of the step that begins at `first` are loaded as soon as those before them are used: so
+    one step's registers are enough.
+
+    Returns:
+        The sums, [8 rows of dy][byte][4], and the dy that is there now.
+    """
     WORDS: gl.constexpr = BYTES // 4
-    sums = ()
+    pairs = ()
     for word in gl.static_range(WORDS):
-        pairs = ()
         for pair in gl.static_range(4):
             row = w[2 * pair * WORDS + word]
             row_1 = w[(2 * pair + 1) * WORDS + word]
             pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND)
-        for byte in gl.static_range(4):
+    sums = ()
+    then = ()
+    for j in gl.static_range(GROUPS):
+        for byte in gl.static_range(BYTES):
             a = ()
             for pair in gl.static_range(4):
-                a = a + (pairs[8 * pair + 2 * byte], pairs[8 * pair + 2 * byte + 1])
-            for j in gl.static_range(GROUPS):
-                part = _four(acc, 4 * ((4 * word + byte) * GROUPS + j))
-                sums = sums + mma(a, dy, 4 * j, part, KIND)
-    return sums
+                a = a + _two(pairs, 32 * (byte // 4) + 8 * pair + byte % 4 * 2)
+            sums = sums + mma(a, dy, 4 * j, _four(acc, 4 * (j * BYTES + byte)), KIND)
+        if GROUPS > 1:
+            then = then + load_columns(pointers, place, sizes, first, inside, 8 * j, ALIGNED, 8)
+    if GROUPS == 1:
+        then = dy
+    return sums, then
 
 
 @gluon.jit
-def store_sums(
-    shared, acc, thread, COLUMN: gl.constexpr, BYTES: gl.constexpr, GROUPS: gl.constexpr, THREADS: gl.constexpr
-):
+def store_sums(shared, acc, thread, COLUMN: gl.constexpr, BYTES: gl.constexpr, THREADS: gl.constexpr):
     """A thread's sums of one m, 8 j or 8 j + 1 and 0, 2, 4 or 6 more for COLUMN = 2 j or 2 j + 1: [k][thread]."""
     for value in gl.static_range(2 * BYTES):
-        one = acc[4 * (value // 2 * GROUPS + COLUMN // 2) + value % 2 * 2 + COLUMN % 2]
+        one = acc[4 * (COLUMN // 2 * BYTES + value // 2) + value % 2 * 2 + COLUMN % 2]
         store_shared(shared + (value * (THREADS + 1) + thread) * 4, one.to(gl.int32, bitcast=True))
 
 

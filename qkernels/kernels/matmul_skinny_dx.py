@@ -29,7 +29,7 @@ from ..tuning.skinny_dx import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny_dx import SkinnyDxConfig
 from ._dx_lanes import fill_table
 from ._dx_scales import scale_area, scales_of_lane, store_map
-from ._dx_step import add_warps, load_step, multiply, store_sums
+from ._dx_step import add_warps, load_columns, load_step, multiply, store_sums
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
 from ._launch import early_and_late
@@ -107,9 +107,8 @@ def _matmul_skinny_dx_kernel(
         wait_for_previous(thread)
         let_next_begin(thread)
     inside = (n_warp < steps).to(gl.int32)
-    w, stored, dy = load_step(
-        pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, COLUMNS, BYTES
-    )
+    w, stored = load_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES)
+    dy = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
@@ -123,16 +122,21 @@ def _matmul_skinny_dx_kernel(
     for turn in range((part_steps + N_WARPS - 1) // N_WARPS):
         first += N_WARPS * STEP
         inside = ((turn + 1) * N_WARPS + n_warp < steps).to(gl.int32)
-        w_then, stored_then, dy_then = load_step(
-            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, COLUMNS, BYTES
+        w_then, stored_then = load_step(
+            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES
         )
+        if GROUPS == 1:
+            dy_then = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
         if turn * N_WARPS + this_n_warp < steps:
             area = scale_area(map_address, warp, turn, BLOCKS, num_warps)
             scales = scales_of_lane(stored, area, map_address, offset, lane, BLOCKS, NESTED)
-            acc = multiply(acc, w, scales, dy, lane8, BYTES, GROUPS, KIND)
+            acc, dy = multiply(
+                acc, w, scales, dy, lane8, pointers, place, sizes, first, inside, ALIGNED, BYTES, GROUPS, KIND
+            )
         w = w_then
         stored = stored_then
-        dy = dy_then
+        if GROUPS == 1:
+            dy = dy_then
     # Sums of so many columns at once, of eight every second, as shared memory has room for.
     COLUMN_BYTES: gl.constexpr = 2 * BYTES * (THREADS + 1) * 4
     AT_ONCE: gl.constexpr = min(2 * GROUPS, SHARED_BYTES // COLUMN_BYTES)
@@ -140,7 +144,7 @@ def _matmul_skinny_dx_kernel(
         wait_for_all(thread)  # the table, or the sums before these, make room
         for i in gl.static_range(AT_ONCE):
             if turn + i < 2 * GROUPS:
-                store_sums(shared + i * COLUMN_BYTES, acc, thread, turn + i, BYTES, GROUPS, THREADS)
+                store_sums(shared + i * COLUMN_BYTES, acc, thread, turn + i, BYTES, THREADS)
         wait_for_all(thread)
         for i in gl.static_range(AT_ONCE):
             if turn + i < 2 * GROUPS:

@@ -63,7 +63,9 @@ class SkinnyDxConfig(NamedTuple):
 
 
 # (bytes, k_warps, num_warps) by the most rows of dy; more go to several programs of so many.  Measured on an H100.
-_SHAPES = {8: (8, 1, 8), 16: (8, 1, 4), 32: (8, 1, 4)}
+_SHAPES = {8: (8, 1, 8), 16: (8, 1, 4), 32: (8, 1, 4), 64: (4, 2, 4)}
+# Of many rows of dy the sums are large too: where programs of more warps fill the GPU without a second launch, these.
+_MANY_ROWS, _WHOLE_SHAPE = 64, (4, 2, 8)
 # A T4 has 64 KiB of shared memory, one program's.
 _TURING_SHAPES = {8: (8, 1, 8), 16: (8, 1, 8), 32: (8, 1, 8)}
 # A multiprocessor has registers for so many warps of the larger ones; more of the small ones gain nothing.
@@ -71,7 +73,7 @@ _WARPS = 8
 # A program's begin and end, the table and the sums, in turns of its warps.
 _FIXED_TURNS = 3
 # The most rows of dy for which the fused product is taken; counted but for an H100, as the forward product's.
-_LIMIT = {75: 128, 80: 128, 86: 128, 90: 32, 100: 128, 120: 128}
+_LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
 _FEWEST_ROWS = 8  # of W: what a lane takes
 _TRIED_SPLITS = 3
 
@@ -81,8 +83,13 @@ def skinny_dx_limit(sm: int) -> int:
     return _LIMIT.get(generation(sm), 0)
 
 
-def _columns(M: int) -> int:
-    return next((columns for columns in _SHAPES if columns >= M), max(_SHAPES))
+def _columns(M: int, known: int) -> int:
+    shapes = _shapes(known)
+    return next((columns for columns in shapes if columns >= M), max(shapes))
+
+
+def _shapes(known: int) -> dict[int, tuple[int, int, int]]:
+    return _TURING_SHAPES if known == 75 else _SHAPES
 
 
 def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> list[SkinnyDxConfig]:
@@ -91,7 +98,7 @@ def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> 
     What counts is what the busiest place of a multiprocessor does, one program after the other.
     """
     width, k_warps, num_warps = shape
-    whole = SkinnyDxConfig(_columns(M), width, k_warps, num_warps, 1, known >= 90, known == 75)
+    whole = SkinnyDxConfig(_columns(M, known), width, k_warps, num_warps, 1, known >= 90, known == 75)
     tiles = -(-M // whole.columns) * -(-K // whole.rows)
     places = PROCESSORS[known] * _WARPS // num_warps
     most = -(-N // STEP) // (num_warps // k_warps)
@@ -113,7 +120,7 @@ def skinny_dx_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyDxConfig
     return [
         config
         for shape in product((4, 8, 16), (1, 2), (4, 8))
-        if shape[0] * _columns(M) <= 256
+        if shape[0] * _columns(M, known) <= 256
         for config in _splits(M, N, K, known, shape)[:_TRIED_SPLITS]
         if config.shared_bytes <= SHARED_LIMIT_BYTES[known]
     ]
@@ -133,5 +140,8 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int) -> SkinnyDxConfig | None:
     known = generation(sm)
     if N < _FEWEST_ROWS:
         return None
-    shapes = _TURING_SHAPES if known == 75 else _SHAPES
-    return _splits(M, N, K, known, shapes[_columns(M)])[0]
+    columns = _columns(M, known)
+    whole = _splits(M, N, K, known, _WHOLE_SHAPE)[0]
+    if columns == _MANY_ROWS and whole.parts == 1:
+        return whole
+    return _splits(M, N, K, known, _shapes(known)[columns])[0]
