@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qlora
 from qkernels.errors import UserError
+from qlora.integrations import peft_init
 
 FLOAT = {"dtype": "float32", "device": "cpu"}
 INPUTS = [{"input_ids": tokens(4, 33)}]
@@ -79,6 +80,17 @@ def test_qera_is_the_best_of_its_rank_for_the_inputs_it_saw(folder):
     assert report.before == pytest.approx((before / whole).sqrt().item(), rel=1e-4)
     assert report.after == pytest.approx((after / whole).sqrt().item(), rel=1e-3)
     assert report.after < 0.8 * report.before
+
+
+def test_fewer_rows_stand_for_all():
+    """Of inputs whose directions are far apart in size, where columns are zero, the same or few."""
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, 40)
+    x[:, 7], x[:, 9] = 0, x[:, 8]
+    rows, weight = peft_init._fewer(x), torch.randn(16, 40)
+    assert (rows.shape, rows.dtype) == ((40, 40), torch.float32)
+    torch.testing.assert_close(rows.t() @ rows, x.t() @ x, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close((rows @ weight.t()).norm(), (x @ weight.t()).norm())
+    assert peft_init._fewer(torch.zeros(9, 4)).abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("method", ["loftq", "qera"])
