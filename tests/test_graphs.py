@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,8 +167,75 @@ def test_a_change_of_the_blocks_is_noticed(blocks, change):
     assert len(graphs) == 1
 
 
+class Adapted(nn.Identity):
+    """What peft's layers say of themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.disable_adapters, self.active_adapters = False, ["one"]
+        self.merged_adapters, self.scaling = [], {"one": 1.0, "two": 1.0}
+
+
+class Recomputed(RecomputedBlock, nn.Identity):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (lambda: SeededDropout(0.1), "p", 0.2),
+        (lambda: SeededDropout(0.1), "training", False),
+        (Adapted, "disable_adapters", True),
+        (Adapted, "active_adapters", ["two"]),
+        (Adapted, "merged_adapters", ["one"]),
+        (Adapted, "scaling", {"one": 2.0, "two": 1.0}),
+        (Recomputed, "recompute", "parts"),
+        (Recomputed, "gradient_checkpointing", True),
+    ],
+)
+def test_what_a_module_is_told_is_noticed(blocks, make, name, value):
+    module = make()
+    blocks[0].append(module)
+    graphs = Graphs()
+    step(graphs, blocks), step(graphs, blocks)
+    assert len(graphs) == 1
+    setattr(module, name, value)
+    step(graphs, blocks)
+    assert len(graphs) == 0
+
+
+@pytest.mark.parametrize(
+    ("differs", "expected"),
+    [
+        ({}, True),
+        ({"is_cuda": False}, False),
+        ({"training": False}, False),
+        ({"grad": False}, False),
+        ({"compiling": True}, False),
+        ({"tokens": graphs_module.MOST_TOKENS + 1}, False),
+        ({"capability": (7, 5)}, False),
+    ],
+)
+def test_which_passes_are_captured(monkeypatch, differs, expected):
+    case = {"is_cuda": True, "training": True, "grad": True, "compiling": False, "capability": (8, 0)}
+    case |= {"tokens": graphs_module.MOST_TOKENS} | differs
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: case["compiling"])
+    hidden = SimpleNamespace(is_cuda=case["is_cuda"], shape=(1, case["tokens"], 8), device="cuda")
+    with torch.set_grad_enabled(case["grad"]):
+        assert graphs_module.can_capture(SimpleNamespace(training=case["training"]), hidden) is expected
+
+
 def listen(blocks):
     blocks[0].register_forward_hook(lambda *_: None)
+
+
+def listen_before(blocks):
+    blocks[0].register_forward_pre_hook(lambda *_: None)
+
+
+def listen_backward(blocks):
+    blocks[1].register_full_backward_hook(lambda *_: None)
 
 
 def drop_by_torch(blocks):
@@ -186,7 +254,7 @@ def offload(blocks):
     blocks[0].append(Offloaded())
 
 
-@pytest.mark.parametrize("change", [listen, drop_by_torch, train_in_16_bits, offload])
+@pytest.mark.parametrize("change", [listen, listen_before, listen_backward, drop_by_torch, train_in_16_bits, offload])
 def test_what_a_graph_would_leave_out_runs_launch_by_launch(blocks, change):
     graphs = Graphs()
     change(blocks)
