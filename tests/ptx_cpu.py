@@ -142,6 +142,8 @@ class _Program:
                 assert whole_warps(active)
             elif op.startswith("bar."):
                 assert active.all(), "a barrier that not all threads reach"
+            elif op == "prefetch.global.L2":
+                self.memory.load(self.address(operands[0])[active], 1)  # it must be there
             elif op.startswith("griddepcontrol."):
                 pass  # the kernel before has ended
             elif active.any():

@@ -7,7 +7,7 @@ import torch
 
 import qkernels
 from qkernels.dispatch import DEQUANTIZE, SKINNY
-from qkernels.tuning.skinny import SHARED_LIMIT_BYTES, generation, shared_bytes, skinny_config, skinny_limit
+from qkernels.tuning.skinny import PROCESSORS, SHARED_LIMIT_BYTES, generation, shared_bytes, skinny_config, skinny_limit
 
 SHAPES = [(16, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (11008, 4096), (28672, 8192), (8192, 28672)]
 
@@ -24,7 +24,18 @@ def test_every_configuration_can_be_launched(N, K, sm):
         assert config.paired == (M <= 4)
         assert config.turing == (sm < 80)
         used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps)
-        assert used == config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
+        assert used <= config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
+        assert used == config.shared_bytes or (M <= 4 and config.early)
+        assert config.early == (sm >= 90 and not 4 < M <= 8)
+
+
+@pytest.mark.parametrize(("N", "K", "share"), [(4096, 4096, 2), (4096, 16384, 2), (2048, 4096, 1)])
+def test_no_more_programs_fit_than_a_multiprocessors_share(N, K, share):
+    config = skinny_config(1, N, K, 90)
+    assert config is not None
+    assert -(-N // config.rows) <= share * PROCESSORS[90]
+    with_its_own = config.shared_bytes + 1024
+    assert share * with_its_own <= 228 * 1024 < (share + 1) * with_its_own
 
 
 def test_a_long_k_has_its_own_programs():

@@ -2,7 +2,8 @@
 
 A kernel launched with `launch_pdl` may start before its predecessor in the stream has ended: as soon as each of its
 programs has called `let_next_begin` or ended.  Until `wait_for_previous` it must not touch global memory: what it reads
-may not have been written yet, and what it writes may still be read.
+may not have been written yet, and what it writes may still be read.  It may have lines brought into the L2 cache
+(`fetch`): that is where what the kernel before it writes goes too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from triton.experimental import gluon
 
 _WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, 0; }")
 _BEGIN = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, 0; }")
+_FETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 
 
 @gluon.jit
@@ -23,3 +25,9 @@ def wait_for_previous(thread):
 @gluon.jit
 def let_next_begin(thread):
     gl.inline_asm_elementwise(_BEGIN, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fetch(address):
+    """Bring what is at an int64 address into the L2 cache."""
+    gl.inline_asm_elementwise(_FETCH, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)

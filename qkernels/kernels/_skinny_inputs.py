@@ -9,6 +9,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..tuning.skinny import CHUNK as _CHUNK_SIZE
+from ._early import fetch
 from ._lanes import from_lane, load_if, load_once, load_shared, store_shared, store_shared_pair
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
@@ -22,6 +23,14 @@ def load_weights(address, K: gl.constexpr, TILES: gl.constexpr):
     for tile in gl.static_range(1, TILES):
         w = w + load_once(address + 16 * tile * (K // 2)) + load_once(address + (16 * tile + 8) * (K // 2))
     return w
+
+
+@gluon.jit
+def fetch_weights(address, K: gl.constexpr, TILES: gl.constexpr):
+    """Bring what `load_weights` would load into the L2 cache."""
+    for tile in gl.static_range(TILES):
+        fetch(address + 16 * tile * (K // 2))
+        fetch(address + (16 * tile + 8) * (K // 2))
 
 
 @gluon.jit
@@ -131,6 +140,24 @@ def load_scales(
                 gl.load(absmax_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0.0),
             )
     return loaded
+
+
+@gluon.jit
+def fetch_scales(
+    absmax_8bit_ptr,
+    first_row,
+    thread,
+    K: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    ROWS: gl.constexpr,
+    THREADS: gl.constexpr,
+):
+    """Bring the program's 8-bit scales into the L2 cache, sector by sector of 32 bytes."""
+    BLOCKS: gl.constexpr = K // QUANT_BLOCK
+    if K % QUANT_BLOCK == 0:
+        for first in gl.static_range(0, ROWS * BLOCKS, 32 * THREADS):
+            block = gl.minimum(first + 32 * thread, ROWS * BLOCKS - 1)
+            fetch((absmax_8bit_ptr + first_row * BLOCKS + block).to(gl.int64))
 
 
 @gluon.jit

@@ -39,6 +39,8 @@ from ._skinny_inputs import (
     CHUNK,
     SCALE_BATCH,
     chunk_offset,
+    fetch_scales,
+    fetch_weights,
     fill_table,
     load_map,
     load_scales,
@@ -168,6 +170,9 @@ def _matmul_skinny_kernel(
 
     if EARLY:
         fill_table(shared, warp, lane, CODES, num_warps)
+        fetch_weights(w_address + chunk_offset(gl.minimum(k_warp, CHUNKS - 1), t, K), K, TILES)
+        if NESTED:
+            fetch_scales(absmax_8bit_ptr, first_row, thread, K, QUANT_BLOCK, ROWS, THREADS)
         wait_for_previous(thread)
         let_next_begin(thread)
     scale_pairs = load_scales(

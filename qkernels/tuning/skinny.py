@@ -14,6 +14,10 @@ MAP_BYTES = 1024  # the 8-bit map of nested scales
 CHUNK = 128  # k that a quad of lanes loads of a row at once
 # The most a program can have.
 SHARED_LIMIT_BYTES = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# What a program has besides its own.
+_RESERVED_BYTES = 1024
+# Of how many warps with one tile, for M <= 4, a multiprocessor holds the registers.
+_ROOM_WARPS = 24
 # Multiprocessors of a T4, an A100, an RTX 3090, an H100, a B200, an RTX 5090; others of their kind count as these.
 PROCESSORS = {75: 40, 80: 108, 86: 82, 90: 132, 100: 148, 120: 170}
 
@@ -88,12 +92,18 @@ def _most_rows(M: int) -> int:
     return next((rows for rows in _SHAPES if rows >= M), max(_SHAPES))
 
 
-def _config(M: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
+def _config(M: int, N: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
     columns = max(8, _most_rows(M))
     shared = shared_bytes(K, columns, tiles, row_warps, num_warps)
-    # With fewer rows of x a multiprocessor has room for more programs than its share.  Those of a kernel that begins
-    # early crowd where there is room first, and an H100 took up to 25% longer.
-    early = known >= 90 and M > 16
+    # Where registers leave a multiprocessor room for more programs than its share, those of a kernel that begins early
+    # crowd where there is room first, and an H100 took up to 25% longer.  For M <= 4 they ask for the shared memory of
+    # a share then.  For 5 to 8 rows that left too little of it to the cache, and neither way was faster everywhere.
+    early = known >= 90 and not 4 < M <= 8
+    share = -(-N // (16 * tiles * row_warps * PROCESSORS[known]))
+    if early and M <= 4 and share * num_warps * tiles < _ROOM_WARPS:
+        row = 4 * 32 * num_warps
+        too_many = (SHARED_LIMIT_BYTES[known] + _RESERVED_BYTES) // (share + 1) - _RESERVED_BYTES
+        shared = max(shared, (too_many // row + 1) * row)
     return SkinnyConfig(columns, tiles, row_warps, num_warps, M <= 4, known == 75, early, shared)
 
 
@@ -111,7 +121,7 @@ def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
         return []
     found = []
     for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
-        config = _config(M, K, known, tiles, row_warps, num_warps)
+        config = _config(M, N, K, known, tiles, row_warps, num_warps)
         enough = config.rows == 16 or config.rows * PROCESSORS[known] <= 2 * N
         if _fits(config, N, known) and enough:
             found.append(config)
@@ -134,7 +144,7 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     for tiles, row_warps, num_warps, programs in _SHAPES[_most_rows(M)]:
         if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
             num_warps, programs = _LONG_WARPS, _LONG_PROGRAMS
-        config = _config(M, K, known, tiles, row_warps, num_warps)
+        config = _config(M, N, K, known, tiles, row_warps, num_warps)
         if _fits(config, N, known) and config.rows * programs * PROCESSORS[known] <= N:
             best = config
     return best
