@@ -51,7 +51,8 @@ def candidates(product: Product) -> list[Candidate]:
     found += [Candidate(SKINNY, config) for config in configs(*product[:3], product.sm)]
     if product.sm == 90:
         tilings = wgmma_candidates(*product[:3], product.backward)
-        result = (product.M, *((product.K, product.N) if product.backward else (product.N, product.K)))
+        rows_and_depth = (product.K, product.N) if product.backward else (product.N, product.K)
+        result = (product.M, *rows_and_depth, product.backward)
         limit = WORTH_MEASURING * expected_us(tilings[0], *result)
         found += [Candidate(WGMMA, config) for config in tilings if expected_us(config, *result) <= limit]
     return found

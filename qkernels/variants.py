@@ -18,14 +18,14 @@ import torch
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
 from .kernels._pairs import ALPHA, pair_codes
-from .kernels._wgmma import SUM_CONFIG, sum_parts_kernel
+from .kernels._sum_parts import SUM_CONFIG, sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
-from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, sum_constants, wgmma_constants
+from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
 from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
@@ -344,9 +344,7 @@ def _matmul_wgmma() -> Iterator[Variant]:
             yield wgmma_variant(columns, "bf16", False, backward, nested=False, has_bias=not backward, n="i32")
             yield wgmma_variant(columns, "fp16", True, backward, rank=16)
             yield wgmma_variant(columns, "bf16", False, backward, rank=64)
-    for has_bias in (False, True):
-        config = tiling(64, 4096, 4096, 64, 4, 0)
-        yield sum_variant("wgmma", sum_constants(config, has_bias, False))
+    yield wgmma_variant(256, "fp16", True, False, quant_type="fp4")
 
 
 def wgmma_variant(
@@ -359,22 +357,24 @@ def wgmma_variant(
     has_bias: bool = False,
     n: str = "i32:16",
     rank: int = 0,
+    quant_type: str = "nf4",
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
-    config = tiling(columns, 4096, 4096, columns, 2, 0 if split else 32)
+    config = tiling(columns, 4096, 4096, columns, 33 if split else 32)
     pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
-    bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32"}
+    bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32", "flags_ptr": "*i32"}
     adapter = {"w_ptr": "*fp32", "inner_ptr": "*fp32"}
-    sizes = {"M": "i32", "N": n, "K": "i32:16", "whole_tiles": "i32", "parts": "i32", "part_steps": "i32", "r": "i32"}
+    sizes = dict.fromkeys(("M", "all_turns", "tile_turns", "across", "r"), "i32") | {"N": n, "K": "i32:16"}
     optional = ((scales, nested), (bias, has_bias), (parts, split), (adapter, rank > 0))
     present = {name: kind for group, given in optional if given for name, kind in group.items()}
     absent = {name: None for group, given in optional if not given for name in group}
     return Variant(
         f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
-        f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}",
+        f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}"
+        f"{'' if quant_type == 'nf4' else ' fp4'}",
         _matmul_wgmma_kernel,
         {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
-        wgmma_constants(config, 64, nested, has_bias, split, backward, (8 if rank else 0, rank)) | absent,
+        wgmma_constants(config, 64, quant_type, nested, has_bias, backward, (8 if rank else 0, rank)) | absent,
         config,
     )

@@ -51,7 +51,6 @@ def test_times_are_of_one_step_and_by_kind():
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(AttentionKernel)", "attention"),
         ("_lora_grads_kernel", "adapters, where apart"),
         ("_matmul_wgmma_kernel", "products"),
-        ("sum_parts_kernel", "products"),
         ("_backward_kernel", "loss"),
         ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>", "normalization"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "activation"),

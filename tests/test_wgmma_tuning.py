@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -19,40 +20,45 @@ SHAPES = [(1, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (1100
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_every_step_of_every_tile_is_computed_once(N, K, backward):
+def test_every_program_has_turns_and_split_tiles_are_known(N, K, backward):
     R, C = (K, N) if backward else (N, K)
-    steps = -(-C // 64)
     for M in (1, 33, 64, 65, 200, 256, 300, 512, 4096):
         config = wgmma_config(M, N, K, backward)
         assert config == wgmma_config(M, N, K, backward)
-        tiles = -(-M // config.columns) * -(-R // config.rows)
-        assert 0 <= config.whole_tiles <= tiles
         assert config.num_warps == config.rows // 16
-        if config.whole_tiles == tiles:
-            assert config.parts == 1
-        else:
-            assert config.part_steps % config.stages == 0
-            assert (config.parts - 1) * config.part_steps < steps <= config.parts * config.part_steps
+        tile_turns = -(-C // (64 * config.stages))
+        turns = -(-M // config.columns) * -(-R // config.rows) * tile_turns
+        begins = [program * turns // config.programs for program in range(config.programs + 1)]
+        assert all(end > begin for begin, end in itertools.pairwise(begins))
+        assert config.split == any(begin % tile_turns for begin in begins)
 
 
-def test_tiles_that_fill_no_wave_are_split():
-    # 192 tiles on 132 multiprocessors: a first wave of whole tiles, then halves of the other 60.
-    assert wgmma_config(512, 12288, 4096, False) == tiling(512, 12288, 4096, 256, 2, 132)
-    assert wgmma_config(64, 4096, 4096, False).parts == 4
-    assert wgmma_config(128, 12288, 4096, False).parts == 1
-    whole, split = (tiling(512, 12288, 4096, 256, parts, 132) for parts in (1, 2))
-    assert expected_us(split, 512, 12288, 4096) < expected_us(whole, 512, 12288, 4096)
+def test_all_multiprocessors_have_as_much_to_do():
+    # 96 tiles, and 192, on 132 multiprocessors: thirds and halves of tiles for 128 of them.
+    for M in (256, 512):
+        config = wgmma_config(M, 12288, 4096, False)
+        assert (config.columns, config.programs, config.split) == (256, 128, True)
+    whole, split = (tiling(512, 12288, 4096, 256, programs) for programs in (96, 128))
+    assert not whole.split
+    assert expected_us(split, 512, 12288, 4096, False) < expected_us(whole, 512, 12288, 4096, False)
+
+
+def test_no_more_programs_than_run_at_once_wait_for_each_other():
+    for programs in (132, 500):
+        assert tiling(1024, 250880, 4096, 64, programs).programs == 132
 
 
 def test_who_takes_what():
     explain = qkernels.explain
     assert explain(32, 12288, 4096, device=(9, 0)).implementation == SKINNY
-    for M in (33, 64, 512):
+    for M in (33, 64, 1024):
         assert explain(M, 12288, 4096, torch.bfloat16, (9, 0)).implementation == WGMMA
+    for M in (65, 1024):
         assert explain(M, 12288, 4096, device=(9, 0), backward=True).implementation == WGMMA
-    assert explain(32, 12288, 4096, device=(9, 0), backward=True).implementation == SKINNY
-    assert wgmma_limit(4096, 4096) == 256
-    assert explain(257, 4096, 4096, device=(9, 0)).implementation == DEQUANTIZE
+    for M in (32, 64):
+        assert explain(M, 12288, 4096, device=(9, 0), backward=True).implementation == SKINNY
+    assert wgmma_limit(4096, 2048) == 256
+    assert explain(257, 4096, 2048, device=(9, 0)).implementation == DEQUANTIZE
 
 
 @pytest.mark.parametrize(
@@ -65,8 +71,8 @@ def test_who_takes_what():
         ({"blocksize": 32}, "K=4096 and blocks of 32 are not both multiples of 64"),
         ({"N": 12289, "backward": True}, "rows of dy, N=12289, are not multiples of 16 bytes"),
         ({"N": 127}, "the weight [127, 4096] is smaller than a tile"),
-        ({"M": 513}, "M=513 is not in 1 to 512"),
-        ({"M": 0}, "M=0 is not in 1 to 512"),
+        ({"M": 1025}, "M=1025 is not in 1 to 1024"),
+        ({"M": 0}, "M=0 is not in 1 to 1024"),
     ],
 )
 def test_what_it_refuses(options, reason):
@@ -78,9 +84,9 @@ def test_what_it_refuses(options, reason):
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_code_is_what_the_turns_need(backward):
     ptx = aot.compile_variant(wgmma_variant(256, "fp16", True, backward), "sm_90").asm["ptx"]
-    loop = ptx[ptx.index("wgmma.fence") : ptx.rindex("wgmma.commit_group")]
-    # Four steps of four products, and two barriers a step, of which the first stands before this piece.
-    assert loop.count("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16") == 16
+    loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.mma_async")]
+    # Four steps of four products, and two barriers a step, of which the first two stand before this piece.
+    assert loop.count("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16") == 15
     # Later versions of Triton add barriers, and no turns are taken.
     assert not TAKE_TURNS.value or loop.count("bar.sync") == 6
     # Nothing waits for copies other than by their own groups and barriers.
@@ -88,18 +94,19 @@ def test_the_code_is_what_the_turns_need(backward):
     assert "membar" not in loop
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_copies_of_the_first_step_are_waited_for_before_turns_begin(backward):
-    ptx = aot.compile_variant(wgmma_variant(256, "fp16", False, backward), "sm_90").asm["ptx"]
-    # The first wait for copies has the barrier after it that all groups pass before one of them runs ahead.
-    before = ptx[: ptx.index("wgmma.mma_async")]
-    assert before.count("cp.async.wait_group") == 2
-    first = before.index("cp.async.wait_group")
-    assert "bar.sync" in before[first : before.index("cp.async.wait_group", first + 1)]
+def test_a_step_is_decoded_before_the_barrier_that_gives_the_turn():
+    # Behind it the other group decodes, and whatever stands between it and the product delays both.
+    for backward in (False, True):
+        ptx = aot.compile_variant(wgmma_variant(256, "fp16", True, backward), "sm_90").asm["ptx"]
+        product = ptx.index("wgmma.mma_async")
+        turn = ptx.rindex("mbarrier.try_wait", 0, product)
+        assert "prmt" not in ptx[turn:product]
+        assert "dp2a" not in ptx[turn:product]
 
 
-def test_its_table_is_beside_enough_of_other_shared_memory():
-    # The driver grants more than 48 KiB in all only if the dynamic part, which the launch raises, exceeds that alone.
+def test_its_bytes_are_beside_enough_of_other_shared_memory():
+    # The driver grants more than 48 KiB in all only if the dynamic part, which the launch raises, exceeds that alone,
+    # or if both are below it.
     for columns in (64, 128, 256):
         resources = aot.inspect(wgmma_variant(columns, "fp16", False, False), "sm_90")
         assert resources.shared_bytes - 32768 > 48 * 1024

@@ -16,10 +16,15 @@ _UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret")
 
 
 @gluon.jit
-def inner_memory(stage, RANK: gl.constexpr):
-    """Shared memory for u, [RANK / 16, COLUMNS, 16], in that of a tile of x."""
+def inner_memory(stage, RANK: gl.constexpr, BACKWARD: gl.constexpr):
+    """Shared memory for u, [RANK / 16, COLUMNS, 16]: its own, backward that of a tile of x.
+
+    Either is right for both.  With these none of the kernel's variants needs a register more than there are.
+    """
     shape: gl.constexpr = [RANK // 16, stage.shape[0], 16]
-    if _UNDERSCORED:
+    if not BACKWARD:
+        memory = gl.allocate_shared_memory(stage.dtype, shape, _LAYOUT)
+    elif _UNDERSCORED:
         memory = stage._reinterpret(stage.dtype, shape, _LAYOUT)
     else:
         memory = stage.reinterpret(stage.dtype, shape, _LAYOUT)
@@ -27,16 +32,13 @@ def inner_memory(stage, RANK: gl.constexpr):
 
 
 @gluon.jit
-def store_inner(inner_ptr, shared, column0, first, M, PARTS: gl.constexpr, WARPS: gl.constexpr):
-    """u of a tile's columns to shared memory, its parts added in order; zeros for all parts of a tile but the first.
-
-    A barrier must follow.
-    """
+def store_inner(inner_ptr, shared, column0, M, PARTS: gl.constexpr, WARPS: gl.constexpr):
+    """u of a tile's columns to shared memory, its parts added in order.  A barrier must follow."""
     PIECES: gl.constexpr = shared.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     m = column0 + gl.arange(0, shared.shape[1], gl.SliceLayout(1, layout))[:, None]
     at = inner_ptr + m.to(gl.int64) * (16 * PIECES) + gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :]
-    mask = (m < M) & (first == 0)
+    mask = m < M
     for piece in range(PIECES):
         total = gl.load(at + 16 * piece, mask=mask, other=0.0).to(gl.float32)
         for part in gl.static_range(1, PARTS):
@@ -51,7 +53,7 @@ def add_adapter(acc, w_ptr, shared, row0, R, r, BACKWARD: gl.constexpr, operand:
     PIECES: gl.constexpr = shared.shape[0]
     row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, operand))
     if BACKWARD:  # the order of rows that `decode_columns` leaves
-        row = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+        row = row // 32 * 32 + row % 8 * 4 + row // 16 % 2 * 2 + row // 8 % 2
     row = (row0 + row)[:, None]
     for piece in range(PIECES):
         j = 16 * piece + gl.arange(0, 16, gl.SliceLayout(0, operand))[None, :]

@@ -34,7 +34,7 @@ from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
 from ._launch import early_and_late
 from ._skinny_chunk import zeros
-from ._wgmma import SUM_CONFIG, sum_parts_kernel
+from ._sum_parts import SUM_CONFIG, sum_parts_kernel
 
 STEP = gl.constexpr(_STEP_SIZE)
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)

@@ -6,11 +6,12 @@ written anywhere.  x comes into shared memory by TMA as the second operand.  The
 quantization block of W's row, so a step has one scale a row.
 
 A wgmma with an operand in registers keeps its warps at the instruction until the operand is read.  So two warp groups
-take turns: every step has two barriers, one before decoding and one before multiplying, and the second group runs one
-barrier behind the first.  One decodes while the other multiplies.
+take turns of two steps: each has two barriers, one before decoding and one before multiplying, and the second group
+runs one barrier behind the first.  One decodes while the other multiplies.
 
-Tiles of the output that do not fill the GPU's multiprocessors evenly are split along the contraction, in `parts` of
-equal length, which a second kernel adds in a fixed order: two runs give the same bits.
+Programs share the steps of all tiles evenly, so a tile of the output may lie with several.  The one that has the tile's
+beginning takes the sums of the others, each of which has that as its first work, and adds them in their order: two runs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -28,60 +29,40 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..format import NESTED_BLOCKSIZE, byte_table
-from ..tuning.wgmma import WgmmaConfig, begins_early
+from ..format import byte_table
+from ..tuning.wgmma import WgmmaConfig, begins_early, turns
 from ._adapter import add_adapter, inner_memory, store_inner
 from ._early import let_next_begin, wait_for_previous
+from ._flags import cleared_flags
 from ._launch import early_and_late
 from ._wgmma import (
-    SUM_CONFIG,
     TAKE_TURNS,
     block_barrier,
-    copy_step,
-    copying_layout,
-    decode_columns,
-    decode_rows,
-    fill_table,
+    first_turn,
+    give_part,
     half_a_turn,
-    in_order_of_k,
     load_scales,
     load_tile,
     look_up,
-    packed_layout,
-    reading_layout,
+    next_place,
+    place,
     scaling_layout,
     store_scales,
-    storing_layout,
-    sum_parts_kernel,
+    store_tile,
+    take_part,
+)
+from ._wgmma_weights import (
+    copy_step,
+    decode_columns,
+    decode_rows,
+    fill_table,
+    lanes_layout,
+    packed_memory,
+    places,
 )
 
-W_STAGES = gl.constexpr(8)
-# Steps between asking for W and decoding it; its copies come from DRAM, x's from the L2 cache.
-W_AHEAD = gl.constexpr(5)
 
-
-@gluon.jit
-def _store_tile(acc, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl.constexpr, layout: gl.constexpr):
-    """Write to out[M, R], with the bias."""
-    r = row0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
-    m = column0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
-    value = gl.convert_layout(acc, layout)
-    if HAS_BIAS:
-        value += gl.load(bias_ptr + r, mask=r < R, other=0.0).to(gl.float32)[:, None]
-    at = out_ptr + m.to(gl.int64)[None, :] * R + r[:, None]
-    gl.store(at, value.to(out_ptr.dtype.element_ty), mask=(r < R)[:, None] & (m < M)[None, :])
-
-
-@gluon.jit
-def _store_part(acc, parts_ptr, part, layout: gl.constexpr):
-    """Write float32[COLUMNS, ROWS] at its place among the parts."""
-    row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))[None, :]
-    start = parts_ptr + part.to(gl.int64) * (acc.shape[0] * acc.shape[1])
-    gl.store(start + column * acc.shape[0] + row, gl.convert_layout(acc, layout))
-
-
-@gluon.jit(do_not_specialize=["M", "whole_tiles", "parts", "part_steps", "r"])
+@gluon.jit(do_not_specialize=["M", "all_turns", "tile_turns", "across", "r"])
 def _matmul_wgmma_kernel(
     x_desc,
     packed_ptr,
@@ -93,51 +74,39 @@ def _matmul_wgmma_kernel(
     bias_ptr,
     out_ptr,
     parts_ptr,
+    flags_ptr,
     w_ptr,
     inner_ptr,
     M,
     N,
     K,
-    whole_tiles,
-    parts,
-    part_steps,
+    all_turns,
+    tile_turns,
+    across,
     r,
     BACKWARD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
+    SPLIT: gl.constexpr,
     QUANT_BLOCK: gl.constexpr,
+    QUANT_TYPE: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
+    TABLED: gl.constexpr,
     RANK: gl.constexpr,
     INNER_PARTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     DTYPE: gl.constexpr = x_desc.dtype
     WARPS: gl.constexpr = ROWS // 16
-    GROUPS: gl.constexpr = ROWS // 64
-    PER_SCALE: gl.constexpr = QUANT_BLOCK // 64
-    blocks = K // 64  # of 64 weights a row of W
+    AHEAD: gl.constexpr = STAGES - 2
     R = K if BACKWARD else N
-    all_steps = (N + 63) // 64 if BACKWARD else blocks
-
-    # The unit: a whole tile, or a part of one of the tiles after those.
-    unit = gl.program_id(0)
-    whole = unit < whole_tiles
-    tile = unit
-    first = 0
-    steps = all_steps
-    if not whole:
-        unit = unit - whole_tiles
-        tile = whole_tiles + unit // parts
-        first = unit % parts * part_steps
-        steps = gl.minimum(part_steps, all_steps - first)
-    turns = gl.maximum((steps + STAGES - 1) // STAGES, 1)
-    tiles_of_columns = (M + COLUMNS - 1) // COLUMNS
-    row0 = tile // tiles_of_columns * ROWS
-    column0 = tile % tiles_of_columns * COLUMNS
+    blocks = K // 64
+    # Who takes a part comes after who gives it, so that no order of programs can hold them up.
+    begin = first_turn(gl.program_id(0) + 1, all_turns)
+    end = first_turn(gl.program_id(0), all_turns)
+    row0, column0, step0 = place(begin, tile_turns, across, ROWS, COLUMNS, STAGES)
 
     # One allocation a stage, so that Gluon sees which of them an instruction touches and adds no barrier.
     xs = ()
@@ -145,6 +114,8 @@ def _matmul_wgmma_kernel(
     for _ in gl.static_range(STAGES):
         xs += (gl.allocate_shared_memory(DTYPE, [COLUMNS, 64], x_desc.layout),)  # type: ignore[assignment]
         arrived += (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)  # type: ignore[assignment]
+    if RANK:
+        inner = inner_memory(xs[STAGES - 1], RANK, BACKWARD)  # a tile that is asked for in a tile's first turn only
     for s in gl.static_range(STAGES):
         mbarrier.init(arrived[s], count=1)
     fence_async_shared()
@@ -152,146 +123,142 @@ def _matmul_wgmma_kernel(
     if EARLY:
         wait_for_previous(0)
         let_next_begin(0)
-    for s in gl.static_range(STAGES - 2):
-        mbarrier.expect(arrived[s], COLUMNS * 128)
-        load_tile(x_desc, [column0, (first + s) * 64], arrived[s], xs[s])
+    mbarrier.expect(arrived[0], COLUMNS * 128)
+    mbarrier.expect(arrived[1], COLUMNS * 128)
+    load_tile(x_desc, [column0, step0 * 64], arrived[0], xs[0])
 
-    copying: gl.constexpr = copying_layout(ROWS, BACKWARD)
-    ws = gl.allocate_shared_memory(
-        gl.uint8,
-        [W_STAGES, 64 if BACKWARD else ROWS, ROWS // 2 if BACKWARD else 32],
-        packed_layout(ROWS, BACKWARD),
-    )
-    line = gl.arange(0, 64 if BACKWARD else ROWS, gl.SliceLayout(1, copying))[:, None]
-    byte = gl.arange(0, ROWS // 2 if BACKWARD else 32, gl.SliceLayout(0, copying))[None, :]
-    LINES: gl.constexpr = 64 if BACKWARD else 0  # rows of W from step to step
-    if BACKWARD:
-        line += first * 64
-        byte += row0 // 2
-    else:
-        line += row0
-        byte += first * 32
-    row_bytes = blocks * 32
-    copied = line.to(gl.int64) * row_bytes + byte
-    step_bytes = blocks.to(gl.int64) * 2048 if BACKWARD else 32
-    for s in gl.static_range(W_AHEAD):
-        wanted = (line + s * LINES < N) & (byte < row_bytes) & (s < steps)
-        copy_step(ws.index(s), packed_ptr + copied + s * step_bytes, wanted)
+    lanes: gl.constexpr = lanes_layout(ROWS)
+    line, chunk, target, read, chosen, spot = places(packed_memory(), BACKWARD, ROWS, lanes)
+    for s in gl.static_range(2):
+        copy_step(target + s * 32 * ROWS, packed_ptr, line, chunk, row0, step0 + s, True, N, blocks, BACKWARD)
 
-    # Scales of STAGES steps at a time, [rows of n, blocks of k], are loaded, looked up and stored in three stages.
+    # Scales of STAGES steps at a time are loaded, looked up and stored in three stages.
     scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
+    # Two are used.  The launch asks for more than 48 KiB in all only if this part, without W's bytes, is more.
+    SCALES: gl.constexpr = 2 if COLUMNS > 64 else 8
     scales = gl.allocate_shared_memory(
         gl.float32,
-        [2, STAGES * 64 if BACKWARD else ROWS, GROUPS if BACKWARD else STAGES],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 0] if BACKWARD else [0, 1]),
+        [SCALES, STAGES * 64 if BACKWARD else ROWS, ROWS // 64 if BACKWARD else STAGES],
+        gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
     )
-    n = gl.arange(0, STAGES * 64 if BACKWARD else ROWS, gl.SliceLayout(1, scaling))[:, None]
-    block = gl.arange(0, GROUPS if BACKWARD else STAGES, gl.SliceLayout(0, scaling))[None, :]
-    if BACKWARD:
-        n += first * 64
-        block += row0 // 64
-    else:
-        n += row0
-        block += first
-    n_turn: gl.constexpr = STAGES * 64 if BACKWARD else 0
-    block_turn: gl.constexpr = 0 if BACKWARD else STAGES
-    n_end = gl.minimum(N, (first + steps) * 64) if BACKWARD else N
-    limits = (n_end, blocks if BACKWARD else first + steps, blocks)
+    stored_as: gl.constexpr = (BACKWARD, NESTED, QUANT_BLOCK // 64, (scales.shape[1], scales.shape[2]), scaling)
+    stores = (absmax_ptr, absmax_8bit_ptr)
+    spots = (chosen, spot, fill_table(table_ptr, WARPS, QUANT_TYPE))
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
-    index, stored = load_scales(absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK)
-    table = fill_table(table_ptr, WARPS)
-    code = look_up(absmax_code_ptr, index, NESTED)
-    store_scales(scales.index(0), code, stored, offset, NESTED)
-    n += n_turn
-    block += block_turn
-    index, stored = load_scales(absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK)
+    index, stored = load_scales(stores, row0, step0, True, N, blocks, stored_as)
+    next_row0, next_column0, next_step = place(begin + 1, tile_turns, across, ROWS, COLUMNS, STAGES)
+    later_row0, later_column0, later_step = place(begin + 2, tile_turns, across, ROWS, COLUMNS, STAGES)
+    next_index, next_stored = load_scales(stores, next_row0, next_step, begin + 1 < end, N, blocks, stored_as)
+    store_scales(scales.index(0), look_up(absmax_code_ptr, index, NESTED), stored, offset, NESTED, QUANT_TYPE)
+    code = look_up(absmax_code_ptr, next_index, NESTED)
+    stored = next_stored
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    reading: gl.constexpr = reading_layout(ROWS, BACKWARD)
-    acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
-    held = gl.zeros((ROWS, 64), DTYPE, operand)
-    if RANK:
-        # Stages of x that nothing is loaded into yet have room for an adapter's part.
-        inner = inner_memory(xs[STAGES - 1], RANK)
-        store_inner(inner_ptr, inner, column0, first, M, INNER_PARTS, WARPS)
-    # Each group decodes what both have copied, and the first one begins before the second has waited for its copies.
-    async_copy.wait_group(W_AHEAD - 1)
+    how: gl.constexpr = (QUANT_TYPE, lanes, operand, DTYPE, TABLED)
     block_barrier()
-    if RANK:
-        acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
-    acc = warpgroup_mma_init(acc)
-    if TAKE_TURNS:
-        half_a_turn(1)
-    for turn in range(turns):
-        for s in gl.static_range(STAGES):
-            step = turn * STAGES + s
-            # Copies up to the next step's have landed: the other group, half a turn behind or ahead, made some of them.
-            async_copy.wait_group(W_AHEAD - 2)
-            block_barrier()
-            asked = step + STAGES - 2 < turns * STAGES
-            mbarrier.expect(arrived[(s + STAGES - 2) % STAGES], COLUMNS * 128, pred=asked)
-            packed = ws.index(step % W_STAGES)
-            if BACKWARD:
-                scale = scales.index(turn % 2).slice(s * 64, 64, 0)
-                weights = decode_columns(packed, scale, table, reading, operand, DTYPE)
-            else:
-                scale = scales.index(turn % 2).slice(s, 1, 1)
-                weights = decode_rows(packed, scale, table, reading, operand, DTYPE)
-            block_barrier()
-            # Both groups have done with the product of two steps ago, so its stage is free.
-            load_tile(
-                x_desc,
-                [column0, (first + step + STAGES - 2) * 64],
-                arrived[(s + STAGES - 2) % STAGES],
-                xs[(s + STAGES - 2) % STAGES],
-                pred=asked,
+    turn = begin
+    while turn < end:
+        stop = gl.minimum((turn // tile_turns + 1) * tile_turns, end)
+        row0, column0, step0 = place(turn, tile_turns, across, ROWS, COLUMNS, STAGES)
+        acc = gl.zeros((ROWS, COLUMNS), gl.float32, mma)
+        if RANK:  # noqa: SIM102 (what is not compiled, and what is not run)
+            if step0 == 0:  # once a tile
+                store_inner(inner_ptr, inner, column0, M, INNER_PARTS, WARPS)
+                block_barrier()
+                acc = add_adapter(acc, w_ptr, inner, row0, R, r, BACKWARD, operand)
+        held = gl.zeros((ROWS, 64), DTYPE, operand)
+        acc = warpgroup_mma_init(acc)
+        if TAKE_TURNS:
+            half_a_turn(1)
+        for now in range(turn, stop):
+            parity = (now - begin) & 1
+            more = now + 1 < end
+            step = step0 + (now - turn) * STAGES
+            for half in gl.static_range(2):
+                # W of these two steps has landed, of which a group's threads copy what they read.
+                async_copy.wait_group(0)
+                block_barrier()
+                acc, held = warpgroup_mma_wait(0, deps=[acc, held])
+                # Both groups have done with all products but the last two, so the second one's stage is free.
+                load_tile(x_desc, [column0, (step + 2 * half + 1) * 64], arrived[2 * half + 1], xs[2 * half + 1])
+                w_row0, w_step, w_asked = row0, step + 2, True
+                if half == 1:
+                    # Scales are loaded, looked up and stored one after the other, when what came before has come.
+                    index, stored = load_scales(stores, later_row0, later_step, now + 2 < end, N, blocks, stored_as)
+                    w_row0, w_step, w_asked = next_row0, next_step, more
+                for s in gl.static_range(2):
+                    at = target + (2 - 2 * half + s) * (32 * ROWS)
+                    copy_step(at, packed_ptr, line, chunk, w_row0, w_step + s, w_asked, N, blocks, BACKWARD)
+                decoded = ()
+                for s in gl.static_range(2):
+                    address = read + (2 * half + s) * (32 * ROWS)
+                    if BACKWARD:
+                        scale = scales.index(parity).slice((2 * half + s) * 64, 64, 0)
+                        decoded += (decode_columns(address, spots, scale, how),)
+                    else:
+                        scale = scales.index(parity).slice(2 * half + s, 1, 1)
+                        decoded += (decode_rows(address, spots, scale, how),)
+                first, second = decoded
+                # Before the next barrier: Gluon would put another one between this and asking for x.
+                asked = (half == 0) | more
+                mbarrier.expect(arrived[2 - 2 * half], COLUMNS * 128, pred=asked)
+                mbarrier.expect(arrived[3 - 2 * half], COLUMNS * 128, pred=asked)
+                # Before the barrier: the loop in it keeps ptxas from decoding behind it.
+                mbarrier.wait(arrived[2 * half], parity)
+                block_barrier()
+                acc = warpgroup_mma_init(acc)
+                acc = warpgroup_mma(first, xs[2 * half].permute((1, 0)), acc, is_async=True)
+                mbarrier.wait(arrived[2 * half + 1], parity)
+                acc = warpgroup_mma(second, xs[2 * half + 1].permute((1, 0)), acc, is_async=True)
+                x_at = [column0, (step + 2) * 64]
+                if half == 1:
+                    x_at = [next_column0, next_step * 64]
+                load_tile(x_desc, x_at, arrived[2 - 2 * half], xs[2 - 2 * half], pred=asked)
+                # An operand in flight stays in its registers until its product is done.
+                acc, first, held = warpgroup_mma_wait(1, deps=[acc, first, second])
+                acc = warpgroup_mma_init(acc)
+                if half == 0:
+                    store_scales(scales.index(1 - parity), code, stored, offset, NESTED, QUANT_TYPE)
+                else:
+                    code = look_up(absmax_code_ptr, index, NESTED)
+            next_row0, next_column0, next_step = later_row0, later_column0, later_step
+            later_row0, later_column0, later_step = next_place(
+                later_row0, later_column0, later_step, tile_turns, across, ROWS, COLUMNS, STAGES
             )
-            later = step + W_AHEAD
-            wanted = (line + later * LINES < N) & (byte < row_bytes) & (later < steps)
-            copy_step(ws.index(later % W_STAGES), packed_ptr + copied + later * step_bytes, wanted)
-            mbarrier.wait(arrived[s], turn & 1)
-            acc = warpgroup_mma(weights, xs[s].permute((1, 0)), acc, is_async=True)
-            # The operand in flight stays in its registers until its product is done.
-            acc, held = warpgroup_mma_wait(1, deps=[acc, held])
-            acc = warpgroup_mma_init(acc)
-            held = weights
-            if s == STAGES // 2 - 1:
-                code = look_up(absmax_code_ptr, index, NESTED)
-            if s == STAGES - 2:
-                # One step before the end, so that it is there for the group that is ahead.
-                store_scales(scales.index((turn + 1) % 2), code, stored, offset, NESTED)
-                n += n_turn
-                block += block_turn
-                index, stored = load_scales(
-                    absmax_ptr, absmax_8bit_ptr, n, block, limits, PER_SCALE, NESTED, NESTED_BLOCK
-                )
-    if TAKE_TURNS:
-        half_a_turn(0)
-    acc, held = warpgroup_mma_wait(0, deps=[acc, held])
+        if TAKE_TURNS:
+            half_a_turn(0)
+        done, _held = warpgroup_mma_wait(0, deps=[acc, held])
+        # Found again, so that no register keeps it in between.
+        row0, column0, last = place(stop - 1, tile_turns, across, ROWS, COLUMNS, STAGES)
+        has_begin = (stop - 1 - turn) * STAGES == last
+        if has_begin or not SPLIT:
+            if SPLIT:
+                giver = gl.program_id(0)
+                while first_turn(giver, all_turns) - turn < tile_turns:
+                    giver -= 1
+                    done = take_part(done, parts_ptr, flags_ptr, giver, mma)
+            # These two tiles of x are asked for in the next turn only.
+            memory = (xs[AHEAD], xs[AHEAD + 1])
+            store_tile(done, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, BACKWARD)
+        elif SPLIT:
+            give_part(done, parts_ptr, flags_ptr, gl.program_id(0), mma)
+        turn = stop
     async_copy.wait_group(0)
-    acc = in_order_of_k(acc) if BACKWARD else acc
-    storing: gl.constexpr = storing_layout(ROWS)
-    if whole:
-        _store_tile(acc, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, storing)
-    elif SPLIT:
-        _store_part(acc, parts_ptr, unit, storing)
 
 
 _LAUNCHERS = early_and_late(_matmul_wgmma_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
-_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
 X_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
-_SUM_COLUMNS = 16
 
 
 def wgmma_constants(
     config: WgmmaConfig,
     blocksize: int,
+    quant_type: str,
     nested: bool,
     has_bias: bool,
-    split: bool,
     backward: bool,
     inner_shape: tuple[int, int] = (0, 0),
 ) -> dict[str, object]:
@@ -300,26 +267,16 @@ def wgmma_constants(
         "BACKWARD": backward,
         "HAS_BIAS": has_bias,
         "NESTED": nested,
-        "NESTED_BLOCK": NESTED_BLOCKSIZE,
+        "SPLIT": config.split,
         "QUANT_BLOCK": blocksize,
+        "QUANT_TYPE": quant_type,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "STAGES": config.stages,
-        "SPLIT": split,
+        # With an adapter's part more look-ups would take a register more than there are.
+        "TABLED": min(config.tabled, 1) if inner_shape[1] and config.columns == 256 else config.tabled,
         "RANK": inner_shape[1],
         "INNER_PARTS": inner_shape[0],
-        "EARLY": begins_early(config, backward),
-    }
-
-
-def sum_constants(config: WgmmaConfig, has_bias: bool, backward: bool) -> dict[str, object]:
-    """The compile-time arguments of the kernel that adds the parts, in its order."""
-    return {
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PARTS": config.parts,
-        "PIECE": _SUM_COLUMNS,
-        "HAS_BIAS": has_bias,
         "EARLY": begins_early(config, backward),
     }
 
@@ -355,44 +312,23 @@ def matmul_wgmma_triton(
         adapter: (B [N, r], u) for x W^T + u B^T, backward (A [r, K], v) for x W + v A; u and v as `lora_down_triton`
             gives them, of a rank up to 64.
     """
-    (N, K), (M, R) = shape, out.shape
+    (N, K), M = shape, out.shape[0]
     w, inner, r, inner_shape = None, None, 0, (0, 0)
     if adapter is not None:
         w, inner = adapter
         r, inner_shape = w.shape[0 if backward else 1], (inner.shape[0], inner.shape[2])
+    parts = flags = None
+    if config.split:
+        parts = torch.empty(config.programs * config.rows * config.columns, dtype=torch.float32, device=x.device)
+        flags = cleared_flags(x.device)
     has_bias, nested = bias is not None, absmax_8bit is not None
-    tiles_of_columns = -(-M // config.columns)
-    split_tiles = tiles_of_columns * -(-R // config.rows) - config.whole_tiles
-    parts = None
-    if split_tiles:
-        size = split_tiles * config.parts * config.rows * config.columns
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
-    early = begins_early(config, backward)
-    _LAUNCHERS[early](
-        (config.whole_tiles + split_tiles * config.parts, 1, 1),
-        (
-            packed,
-            absmax,
-            absmax_8bit,
-            absmax_code,
-            absmax_offset,
-            byte_table(quant_type, x.device),
-            bias,
-            out,
-            parts,
-            w,
-            inner,
-        ),
-        (M, N, K, config.whole_tiles, config.parts, config.part_steps, r),
-        tuple(wgmma_constants(config, blocksize, nested, has_bias, parts is not None, backward, inner_shape).values()),
+    constants = wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, inner_shape)
+    table = byte_table(quant_type, x.device)
+    _LAUNCHERS[constants["EARLY"]](
+        (config.programs, 1, 1),
+        (packed, absmax, absmax_8bit, absmax_code, absmax_offset, table, bias, out, parts, flags, w, inner),
+        (M, N, K, *turns(M, *((K, N) if backward else (N, K)), config.columns), r),
+        tuple(constants.values()),
         config,
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),
     )
-    if parts is not None:
-        _SUM_LAUNCHERS[early](
-            (split_tiles, config.columns // _SUM_COLUMNS, 1),
-            (parts, bias, out),
-            (M, R, config.whole_tiles, tiles_of_columns),
-            tuple(sum_constants(config, has_bias, backward).values()),
-            SUM_CONFIG,
-        )

@@ -5,36 +5,40 @@ Room: as `tuning/`; the kernel is `kernels/matmul_wgmma.py`.  The times are thos
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
-_PROCESSORS = 132
+PROCESSORS = 132
 ROWS = 128  # two warp groups, which take turns at decoding and multiplying
-# Columns of a tile: (stages, microseconds a step of 64 of the contraction).  A wide tile decodes W for more columns.
-_TILES = {64: (8, 0.49), 128: (8, 0.58), 256: (4, 0.77)}
-# The parts of split tiles are written and read again, from the L2 cache, by a launch of its own.
-_SUM_LAUNCH_US = 3.5
-_SUM_BYTES_PER_US = 2.0e6
-_MOST_PARTS = 8
+STAGES = 4
+# Columns of a tile: microseconds a step of 64 of the contraction, forward and backward.
+_STEP_US = {64: (0.42, 0.6), 128: (0.56, 0.72), 256: (0.85, 0.88)}
+# Filling a program's pipeline and writing a tile; giving parts of tiles away; and taking one of 256 columns.
+_TILE_US = 2.5
+_GIVE_US = 1.6
+_TAKE_US = 3.1
+# Of four bytes, how many are decoded by a table.
+_TABLED = {64: 3, 128: 3, 256: 2}
 
 
 class WgmmaConfig(NamedTuple):
     """Attributes:
-    rows: of the transposed output a program computes, 64 for each of its warp groups.
+    rows: of the transposed output a tile has, 64 for each warp group.
     columns: of the transposed output, rows of x.
     stages: tiles of x in shared memory; the contraction goes in turns of as many steps.
-    parts: into which the contraction is split where tiles are split.
-    whole_tiles: tiles, from the first, that are not split.
-    part_steps: steps of 64 that a part takes, a multiple of `stages`; 0 where nothing is split.
+    programs: which share all turns of all tiles evenly.
+    split: whether a tile lies with several programs.
+    tabled: of four bytes, how many are decoded by a table, the others by byte permutation.
     max_registers: registers a thread may use; None leaves it to ptxas.
     """
 
     rows: int
     columns: int
     stages: int
-    parts: int
-    whole_tiles: int
-    part_steps: int
+    programs: int
+    split: bool
+    tabled: int
     max_registers: int | None = None
 
     @property
@@ -43,28 +47,29 @@ class WgmmaConfig(NamedTuple):
         return self.rows // 16
 
 
-def tiling(M: int, R: int, C: int, columns: int, parts: int, whole_tiles: int) -> WgmmaConfig:
-    """Out[M, R] with a contraction of C in tiles of so many columns, those after `whole_tiles` split in `parts`."""
-    stages = _TILES[columns][0]
-    tiles = -(-M // columns) * -(-R // ROWS)
-    if parts == 1 or whole_tiles >= tiles:
-        return WgmmaConfig(ROWS, columns, stages, 1, tiles, 0)
-    turns = -(-C // (64 * stages))
-    part_steps = -(-turns // parts) * stages
-    return WgmmaConfig(ROWS, columns, stages, -(-(turns * stages) // part_steps), whole_tiles, part_steps)
+def turns(M: int, R: int, C: int, columns: int) -> tuple[int, int, int]:
+    """Turns of all tiles, turns of a tile, and tiles side by side, of out[M, R] with a contraction of C."""
+    tile_turns, across = -(-C // (64 * STAGES)), -(-M // columns)
+    return across * -(-R // ROWS) * tile_turns, tile_turns, across
 
 
-def expected_us(config: WgmmaConfig, M: int, R: int, C: int) -> float:
-    """Time by the busiest multiprocessor's steps, and of adding what was split."""
-    tiles = -(-M // config.columns) * -(-R // config.rows)
-    split = tiles - config.whole_tiles
-    steps = -(-C // (64 * config.stages)) * config.stages
-    # Parts start as soon as whole tiles leave a multiprocessor free, so what counts is the work a multiprocessor.
-    waves = -(-config.whole_tiles // _PROCESSORS)
-    us = waves * steps * _TILES[config.columns][1]
-    if split:
-        us += -(-split * config.parts // _PROCESSORS) * config.part_steps * _TILES[config.columns][1]
-        us += _SUM_LAUNCH_US + split * config.parts * config.rows * config.columns * 8 / _SUM_BYTES_PER_US
+def tiling(M: int, R: int, C: int, columns: int, programs: int) -> WgmmaConfig:
+    """Out[M, R] with a contraction of C in tiles of so many columns, shared by at most so many programs."""
+    all_turns, tile_turns, _ = turns(M, R, C, columns)
+    programs = max(1, min(programs, all_turns, PROCESSORS))
+    split = any(program * all_turns // programs % tile_turns for program in range(programs))
+    return WgmmaConfig(ROWS, columns, STAGES, programs, split, _TABLED[columns])
+
+
+def expected_us(config: WgmmaConfig, M: int, R: int, C: int, backward: bool) -> float:
+    """Time by the busiest program's steps and tiles, and by the tile that most programs share."""
+    all_turns, tile_turns, _ = turns(M, R, C, config.columns)
+    busiest = -(-all_turns // config.programs)
+    us = busiest * config.stages * _STEP_US[config.columns][backward] + -(-busiest // tile_turns) * _TILE_US
+    begins = [program * all_turns // config.programs for program in range(config.programs)]
+    taken = Counter(begin // tile_turns for begin in begins if begin % tile_turns)
+    if taken:
+        us += _GIVE_US + max(taken.values()) * _TAKE_US * config.columns / 256
     return us
 
 
@@ -72,12 +77,12 @@ def wgmma_candidates(M: int, N: int, K: int, backward: bool) -> list[WgmmaConfig
     """Every configuration for x [M, K] and W [N, K]; backward, for dy [M, N] and W; the one expected fastest first."""
     R, C = (K, N) if backward else (N, K)
     found = set()
-    for columns in _TILES:
+    for columns in _STEP_US:
         tiles = -(-M // columns) * -(-R // ROWS)
-        for whole_tiles in {tiles, tiles - tiles % _PROCESSORS}:
-            for parts in range(1, _MOST_PARTS + 1):
-                found.add(tiling(M, R, C, columns, parts, whole_tiles))
-    return sorted(found, key=lambda config: (expected_us(config, M, R, C), config))
+        # All multiprocessors; a number that halves and quarters of tiles fill; or as many as can have whole tiles.
+        for programs in {PROCESSORS, 128, -(-tiles // -(-tiles // PROCESSORS))}:
+            found.add(tiling(M, R, C, columns, programs))
+    return sorted(found, key=lambda config: (expected_us(config, M, R, C, backward), config))
 
 
 @lru_cache(maxsize=4096)
@@ -87,14 +92,13 @@ def wgmma_config(M: int, N: int, K: int, backward: bool) -> WgmmaConfig:
 
 
 def begins_early(config: WgmmaConfig, backward: bool) -> bool:
-    """Whether product and sum begin while the kernel before them ends (`kernels/_early.py`).
+    """Whether the product begins while the kernel before it ends (`kernels/_early.py`).
 
-    It gained up to 3% for y in narrow tiles.  Programs of wide ones leave registers for one of the sum's each, the few
-    idle multiprocessors take all others, and dX took 10% longer.
+    It gained 1 to 4% for y in narrow tiles.  In wide ones and for dX it gained and lost.
     """
-    return not backward and config.columns == 64
+    return not backward and config.columns < 256
 
 
 def wgmma_limit(N: int, K: int) -> int:
     """The most rows of x for which the fused product was faster than decoding W apart and cuBLAS."""
-    return 512 if N * K >= 2**25 else 256
+    return 1024 if N * K >= 2**24 else 256
