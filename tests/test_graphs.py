@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from qlora import optimize_model, prepare_model_for_training
 from qlora.dropout import SeededDropout
 from qlora.optimize import bloom, llama
 from qlora.optimize import graphs as graphs_module
+from qlora.optimize.capture import capture
 from qlora.optimize.graphs import Graphs
 from qlora.optimize.recompute import RECOMPUTE, RecomputedBlock
 
@@ -405,3 +407,18 @@ def test_no_block_needs_what_it_returned_when_its_gradient_is_there(family, reco
     assert len(base.graphs if family == "bloom" else blocks.graphs) == 1
     for name, grad in steps[1].items():
         torch.testing.assert_close(grad, steps[0][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_during_a_capture(monkeypatch, collects):
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: contextlib.nullcontext())
+    try:
+        (gc.enable if collects else gc.disable)()
+        with capture(None):
+            assert not gc.isenabled()
+        assert gc.isenabled() == collects
+        with pytest.raises(ZeroDivisionError), capture(None):
+            raise ZeroDivisionError
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 from .cache import CACHE
+from .capture import capture
 
 _TENSORS = ("attention_mask", "position_ids", "cache_position")
 # What a base model is called with beside the tokens.  Anything else that is asked for makes a step run as ever.
@@ -63,7 +64,7 @@ class Decoding:
             room = kwargs[CACHE].layers[0].max_cache_len - tensors["attention_mask"].shape[1]
             self._static["attention_mask"] = F.pad(tensors["attention_mask"], (0, room))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with capture(self._graph):
             self._out = self._run(self._ids, **(kwargs | self._static))
 
 

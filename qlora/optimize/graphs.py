@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.grad_mode import set_multithreading_enabled
 
 from ..dropout import randomness
+from .capture import capture
 from .recompute import RecomputedBlock
 
 # Texts of all lengths shall meet in a few graphs, and padding cost little.
@@ -63,14 +64,13 @@ class BlocksGraph:
         self._hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         self._others = [tensor.detach().clone() for tensor in others]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        how: Any = {"pool": pool, "capture_error_mode": "thread_local"}  # a data loader's threads may do as they like
         with _fresh(blocks, parameters) as leaves:
-            with torch.enable_grad(), torch.cuda.graph(self._forward, **how):
+            with torch.enable_grad(), capture(self._forward, pool=pool):
                 out = run(self._hidden, *self._others)
             # It is read no more when its gradient is there, which takes its place.
             self._out = out.detach()
             # In one thread, because cuBLAS has a workspace for each.
-            with set_multithreading_enabled(False), torch.cuda.graph(self._backward, **how):
+            with set_multithreading_enabled(False), capture(self._backward, pool=pool):
                 inputs = [*leaves, *([self._hidden] if hidden.requires_grad else [])]
                 grads = torch.autograd.grad(out, inputs, self._out)
                 flat = torch.cat([grad.reshape(-1) for grad in grads[: len(leaves)]])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
+from qlora.optimize.capture import capture
 from qlora.optimize.graphs import _borrowed
 from qlora.optimize.recompute import RECOMPUTE
 
@@ -182,3 +185,22 @@ def test_decoding_writes_the_same_tokens(family, padding):
         found = model.generate(ids, **settings, num_beams=beams, cache_implementation="static")
         assert found.tolist() == expected.tolist()
     assert "forward" not in vars(model.base_model)
+
+
+def test_an_old_graph_in_a_cycle_does_not_end_a_capture():
+    old, found = [torch.cuda.CUDAGraph()], torch.zeros(4, device="cuda")
+    with torch.cuda.graph(old[0]):
+        found.add_(1)
+    old.append(old)
+    graph = torch.cuda.CUDAGraph()
+    before = gc.get_threshold()
+    try:
+        with capture(graph):
+            del old
+            gc.set_threshold(1, 1, 1)
+            kept = [[number] for number in range(10_000)]  # new containers are what the collector counts
+            found.add_(len(kept))
+    finally:
+        gc.set_threshold(*before)
+    graph.replay()
+    assert found.tolist() == [10_000.0] * 4
