@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qkernels import QuantState, dequantize_4bit, get_4bit_type, quantize_4bit
+from qkernels import QuantState, dequantize_4bit, dequantize_blockwise, get_4bit_type, quantize_4bit
 from qlora import rounding
 from qlora.rounding import DAMPING, quantize_4bit_for_inputs
 
@@ -66,6 +66,25 @@ def test_the_format_is_that_of_quantize_4bit(settings):
             assert ours[key] == value, key
     again = QuantState.from_dict(state.as_dict(packed=True), device="cpu")
     assert torch.equal(dequantize_4bit(packed, again), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_size_that_fills_no_storage(quant_storage):
+    weight, x = problem(rows=3, columns=7)
+    packed, state = quantize_4bit_for_inputs(weight, x.t() @ x, quant_storage=quant_storage)
+    plain, _ = quantize_4bit(weight, quant_type="nf4", quant_storage=quant_storage)
+    assert (packed.shape, packed.dtype) == (plain.shape, plain.dtype)
+    assert (weight - dequantize_4bit(packed, state)).norm() < 0.2 * weight.norm()
+
+
+def test_codes_are_chosen_for_the_scales_as_they_are_stored():
+    """Where no input tells of another, each number takes the nearest that its 8-bit scale leaves it."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    packed, state = quantize_4bit_for_inputs(weight, torch.eye(256))
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    choices = get_4bit_type("nf4", device="cpu") * scales.repeat_interleave(64).view(64, 256, 1)
+    nearest = (choices - weight[..., None]).abs().amin(-1)
+    torch.testing.assert_close((dequantize_4bit(packed, state) - weight).abs(), nearest)
 
 
 def test_the_feedback_is_the_best_there_is(monkeypatch):
