@@ -217,6 +217,7 @@ def test_the_texts_that_the_command_takes(tmp_path, monkeypatch):
     model, batches = save_model("llama", tmp_path / "float", hidden_size=64, intermediate_size=128), []
 
     def calibrate(model, name, inputs, revision):
+        assert (name, revision) == (str(flags["model_name_or_path"]), "v2")
         batches.extend(inputs)
         return qlora.calibration.CalibrationReport(0.1, 0.05, 1)
 
@@ -224,7 +225,7 @@ def test_the_texts_that_the_command_takes(tmp_path, monkeypatch):
     texts = [" ".join(prompts()[0].split()[:length]) for length in (3, 20, 5, 1, 12, 2, 9, 4, 6, 7)]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     flags = {"model_name_or_path": model, "dataset_name": tmp_path / "texts.txt", "output_dir": tmp_path / "made"}
-    flags |= {"use_cpu": "true", "max_samples": 9, "max_length": 8}
+    flags |= {"use_cpu": "true", "max_samples": 9, "max_length": 8, "model_revision": "v2"}
     assert main(["quantize", *(f"--{key}={value}" for key, value in flags.items())]) == 0
     rows = [(ids[mask.bool()].tolist(), mask) for b in batches for ids, mask in zip(*b.values(), strict=True)]
     tokenizer = AutoTokenizer.from_pretrained(model)
