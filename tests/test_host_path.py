@@ -61,7 +61,8 @@ def layer():
 def compiled(monkeypatch, layer):
     compiled = Compiled()
     monkeypatch.setattr(Launcher, "_first", lambda *arguments: compiled.first(*arguments))
-    monkeypatch.setattr(matmul_skinny._LAUNCHERS[False], "_variants", {})
+    for launcher in matmul_skinny._LAUNCHERS.values():
+        monkeypatch.setattr(launcher, "_variants", {})
     monkeypatch.setattr(_launch, "_PASSES_SCRATCH", False)
     for module in (ops, functional):
         monkeypatch.setattr(
