@@ -18,14 +18,16 @@ from torch.nn import functional as F
 # The fused kernels load biases in 16-byte vectors: the rows of a bias must start on one.
 _ALIGNED_KEYS = 16
 _ALIGNED_SIZE = 8
+# cuDNN plans each shape anew, which takes longer than many calls: for lengths that come again, as those of CUDA graphs.
+_CUDNN_LENGTHS, _CUDNN_LARGEST_SIZE, _CUDNN_CAPABILITY = 64, 128, (9, 0)
 
 
 class AttentionBias(NamedTuple):
     """What is added to the scores of every layer; built once for a forward pass.
 
     Attributes:
-        bias: [batch or 1, heads, queries or 1, keys] in the compute dtype: ALiBi, and the dtype's minimum where a key
-            is padding (or, with a row for each query, where it must not see the key).
+        bias: [batch or 1, heads, queries or 1, keys] in the compute dtype: ALiBi, and half the dtype's minimum where a
+            key is padding (or, with a row for each query, where it must not see the key).
         causal: query i must see the keys up to i only, and the bias does not say so.
     """
 
@@ -83,7 +85,7 @@ def alibi_bias(
         positions, hidden = torch.arange(keys, device=device)[None], None
     # As transformers has it: the position times the slope in float32, rounded once to the dtype of the scores.
     bias = (slopes[None, :, None] * positions[:, None]).to(dtype)[:, :, None]
-    lowest = torch.finfo(dtype).min
+    lowest = torch.finfo(dtype).min / 2  # whole, it would overflow in a kernel that scales scores by log2 e
     if hidden is not None:
         bias = bias.masked_fill(hidden, lowest)
     starts_empty = isinstance(past, int) and past == 0
@@ -120,13 +122,30 @@ def alibi_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBi
         return _plain_attention(query, key, value, bias, dropout)
     if not bias.causal:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.bias, dropout_p=dropout)
-    # The operator that scaled_dot_product_attention calls for a bias on a GPU (compute capability 5.0 and later), which
-    # takes is_causal beside it; the public function takes one or the other, and a bias [heads, T, T] at twice the work.
-    expanded = bias.bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    # The operators that scaled_dot_product_attention calls for a bias on a GPU, which take is_causal beside it; the
+    # public function takes one or the other, and a bias [heads, T, T] at twice the work.
     wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if wants_grad and dropout == 0.0 and _is_for_cudnn(query, key):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, bias.bias, True, 0.0, True, False, scale=query.shape[-1] ** -0.5
+        )[0]
+    expanded = bias.bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, expanded, wants_grad, dropout, True, scale=query.shape[-1] ** -0.5
     )[0]
+
+
+def _is_for_cudnn(query: Tensor, key: Tensor) -> bool:
+    """Whether cuDNN's kernels, made for this GPU, take these shapes: about twice as fast as torch's, made for sm_80."""
+    return (
+        not torch.compiler.is_compiling()
+        and query.shape[2] == key.shape[2]
+        and query.shape[2] % _CUDNN_LENGTHS == 0
+        and query.shape[3] <= _CUDNN_LARGEST_SIZE
+        and torch.cuda.get_device_capability(query.device) >= _CUDNN_CAPABILITY
+        and torch.backends.cudnn.is_available()
+        and torch.backends.cudnn.enabled
+    )
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: AttentionBias, dropout: float) -> Tensor:

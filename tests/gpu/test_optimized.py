@@ -61,7 +61,7 @@ class Case:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("length", [64, 130])
+@pytest.mark.parametrize("length", [64, 130, 512])
 def test_attention_with_alibi(dtype, padding, length):
     case = Case(dtype, padding, length)
     assert case.is_as_exact_as_plain(alibi_attention)
@@ -70,6 +70,18 @@ def test_attention_with_alibi(dtype, padding, length):
         assert case.bias.bias.shape[2] == 1
         for found, wanted in zip(case.run(alibi_attention), case.truth, strict=True):
             assert (found - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU as of sm_90"
+)
+@pytest.mark.parametrize(("length", "size", "is_used"), [(64, 128, True), (64, 16, True), (130, 128, False)])
+def test_which_lengths_cudnn_computes(length, size, is_used):
+    with torch.profiler.profile() as profile:
+        Case(torch.bfloat16, "left", length, size).run(alibi_attention)
+    names = {event.name for event in profile.events()}
+    assert ("aten::_scaled_dot_product_cudnn_attention" in names) == is_used
+    assert ("aten::_scaled_dot_product_efficient_attention" in names) != is_used
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
