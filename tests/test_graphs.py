@@ -136,9 +136,16 @@ def test_what_goes_in_beside_and_whether_a_gradient_comes_out_are_of_the_shape(b
 def test_no_more_than_so_many(blocks, monkeypatch):
     monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
     graphs = Graphs()
-    for length in (3, 3, 2, 2, 2):  # a longer one would take the place of the others
+    for length in (3, 3, 2, 2, 2):
         assert step(graphs, blocks, length)
-    assert len(graphs) == 1
+    assert lengths(graphs) == {3}
+    for length in (4, 4):  # a larger one takes the place of the others
+        assert step(graphs, blocks, length)
+    assert lengths(graphs) == {4}
+
+
+def lengths(graphs: Graphs) -> set[int]:
+    return {shape[1] for _, (shape, _), *_ in graphs._graphs}
 
 
 def freeze(blocks):

@@ -207,9 +207,10 @@ class Graphs:
             # A shape's first step runs as ever: kernels are compiled, and one that never comes again costs nothing.
             is_first = key not in self._seen
             self._seen.add(key)
-            if is_first or len(self) >= MOST_GRAPHS:
+            is_largest = all(hidden.numel() > shape.numel() for _, (shape, _), *_ in self._graphs)
+            if is_first or (len(self) >= MOST_GRAPHS and not is_largest):
                 return run(hidden, *others)
-            if all(hidden.numel() > shape.numel() for _, (shape, _), *_ in self._graphs):
+            if is_largest:
                 self._graphs.clear()
                 self._pool = torch.cuda.graph_pool_handle()
             graph = self._graphs[key] = BlocksGraph(run, blocks, hidden, others, trained, self._pool)
