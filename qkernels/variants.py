@@ -290,7 +290,7 @@ def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
     config = skinny_dx_config(1, 12288, 4096, sm)
     assert config is not None
     if config.parts > 1:
-        yield sum_variant("skinny_dx", dx_sum_constants(config))
+        yield sum_variant(dx_sum_constants(config))
 
 
 def skinny_dx_variant(
@@ -322,18 +322,10 @@ def skinny_dx_variant(
     )
 
 
-def sum_variant(of: str, constants: dict[str, object]) -> Variant:
-    """Of the kernel that adds the parts of a split product."""
-    has_bias = bool(constants["HAS_BIAS"])
-    return Variant(
-        f"sum_parts {of} fp16{' bias' if has_bias else ''}",
-        sum_parts_kernel,
-        {"parts_ptr": "*fp32", "out_ptr": "*fp16"}
-        | ({"bias_ptr": "*fp16"} if has_bias else {})
-        | dict.fromkeys(("M", "R", "first_tile", "columns_of_tiles"), "i32"),
-        constants | ({} if has_bias else {"bias_ptr": None}),
-        SUM_CONFIG,
-    )
+def sum_variant(constants: dict[str, object]) -> Variant:
+    """Of the kernel that adds the parts of a split dX."""
+    signature = {"parts_ptr": "*fp32", "out_ptr": "*fp16"} | dict.fromkeys(("M", "R", "columns_of_tiles"), "i32")
+    return Variant("sum_parts fp16", sum_parts_kernel, signature, constants, SUM_CONFIG)
 
 
 def _matmul_wgmma() -> Iterator[Variant]:

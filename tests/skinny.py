@@ -98,8 +98,8 @@ def run_dx(
     arguments |= {"part_steps": config.part_steps(N), **scale_arguments(state)}
     compiled(variant)((tiles, config.parts, 1), arguments)
     if config.parts > 1:
-        sizes = {"M": M, "R": K, "first_tile": 0, "columns_of_tiles": tiles_of_columns}
-        adding = compiled(sum_variant("skinny_dx", dx_sum_constants(config)))
+        sizes = {"M": M, "R": K, "columns_of_tiles": tiles_of_columns}
+        adding = compiled(sum_variant(dx_sum_constants(config)))
         adding((tiles, config.columns, 1), {"parts_ptr": result, "out_ptr": dx, **sizes})
     return dx
 

@@ -31,7 +31,7 @@ def _named(beginning: str) -> Variant:
         skinny_dx_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, nested=False),
         wgmma_variant(64, "fp16", True, False),
         wgmma_variant(64, "bf16", False, False, rank=16),
-        _named("sum_parts skinny_dx"),
+        _named("sum_parts"),
     ],
     ids=lambda variant: variant.name,
 )

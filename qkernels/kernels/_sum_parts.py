@@ -17,20 +17,17 @@ SUM_CONFIG = LaunchConfig(rows=1, num_warps=4)
 @triton.jit
 def sum_parts_kernel(
     parts_ptr,
-    bias_ptr,
     out_ptr,
     M,
     R,
-    first_tile,
     columns_of_tiles,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     PIECE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Add the parts of split tiles in order, and the bias, to out[M, R]; a program takes PIECE columns of a tile.
+    """Add the parts of tiles in order to out[M, R]; a program takes PIECE columns of a tile.
 
     EARLY as in `_early.py`.
     """
@@ -44,9 +41,7 @@ def sum_parts_kernel(
     total = tl.load(at)
     for part in tl.static_range(1, PARTS):
         total += tl.load(at + part * ROWS * COLUMNS)
-    r = (first_tile + tile) // columns_of_tiles * ROWS + rows
-    m = (first_tile + tile) % columns_of_tiles * COLUMNS + columns
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+    r = tile // columns_of_tiles * ROWS + rows
+    m = tile % columns_of_tiles * COLUMNS + columns
     out = out_ptr + m.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])

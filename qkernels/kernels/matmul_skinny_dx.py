@@ -184,7 +184,6 @@ def dx_sum_constants(config: SkinnyDxConfig) -> dict[str, object]:
         "COLUMNS": config.columns,
         "PARTS": config.parts,
         "PIECE": _SUM_COLUMNS,
-        "HAS_BIAS": False,
         "EARLY": config.early,
     }
 
@@ -233,8 +232,8 @@ def matmul_skinny_dx_triton(
     if config.parts > 1:
         _SUM_LAUNCHERS[config.early](
             (tiles, config.columns // _SUM_COLUMNS, 1),
-            (result, None, out),
-            (M, K, 0, tiles_of_columns),
+            (result, out),
+            (M, K, tiles_of_columns),
             tuple(dx_sum_constants(config).values()),
             SUM_CONFIG,
         )
