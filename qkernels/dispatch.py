@@ -86,7 +86,7 @@ class Rule(NamedTuple):
 
 def _refuse_skinny(product: Product) -> str | None:
     M, N, K = product[:3]
-    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm)
+    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm, N, K)
     if product.dtype == torch.float32 or (product.dtype == torch.bfloat16 and product.sm < 80):
         return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
     if not 1 <= M <= limit:

@@ -11,6 +11,7 @@ from benchmarks import candidates, choice, choice_figure, proposal, readme_table
 from benchmarks.operations import SHAPES
 from benchmarks.report import read_csv, write_csv
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
+from qkernels.tuning import skinny, skinny_dx, wgmma
 
 
 def _rows(times, m=8, op="matmul", capability=9.0):
@@ -134,6 +135,25 @@ def test_what_is_chosen_is_a_candidate(backward, m):
         assert candidates.chosen(product) in found
         assert len({(one.implementation, one.configuration) for one in found}) == len(found)
         assert {one.implementation for one in found} >= {DEQUANTIZE, WGMMA}
+
+
+def test_what_was_measured_at_a_weight_is_for_that_weight_and_gpu_alone():
+    """Each entry is a candidate; other GPUs and a weight next to it have the rule's."""
+    for table, config_of, listed in (
+        (skinny._MEASURED, skinny.skinny_config, skinny.skinny_candidates),
+        (skinny_dx._MEASURED, skinny_dx.skinny_dx_config, skinny_dx.skinny_dx_candidates),
+    ):
+        for N, K, M in table:
+            assert config_of(M, N, K, 90) in listed(M, N, K, 90)
+            assert config_of(M, N, K, 90) != config_of(M, N + 16, K, 90)
+            for sm in (75, 80, 100):
+                assert config_of(M, N, K, sm) in listed(M, N, K, sm)
+    for N, K, M, backward in wgmma._MEASURED:
+        found = wgmma.wgmma_candidates(M, N, K, backward)
+        assert wgmma.wgmma_config(M, N, K, backward) in found[1:]
+    assert candidates.choose(Product(17, 4096, 11008, torch.float16, (9, 0))).implementation == WGMMA
+    assert candidates.choose(Product(17, 4096, 11008, torch.float16, (8, 0))).implementation == SKINNY
+    assert candidates.choose(Product(17, 4096, 11008, torch.float16, (9, 0), backward=True)).implementation == SKINNY
 
 
 def test_a_trial_leaves_a_record_that_can_be_checked(tmp_path):
