@@ -78,6 +78,8 @@ _FIXED_TURNS = 3
 # The most rows of dy for which the fused product is taken; counted but for an H100, as the forward product's.
 _LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
 _FEWEST_ROWS = 8  # of W: what a lane takes
+# Where rows of dy do not begin on 16 bytes: loaded one by one, more of them would leave no registers.
+_ALIGNED_N, _UNALIGNED_COLUMNS = 8, 16
 _TRIED_SPLITS = 3
 
 
@@ -86,9 +88,10 @@ def skinny_dx_limit(sm: int) -> int:
     return _LIMIT.get(generation(sm), 0)
 
 
-def _columns(M: int, known: int) -> int:
+def _columns(M: int, N: int, known: int) -> int:
     shapes = _shapes(known)
-    return next((columns for columns in shapes if columns >= M), max(shapes))
+    most = _UNALIGNED_COLUMNS if N % _ALIGNED_N and known != 75 else max(shapes)
+    return next((columns for columns in shapes if columns >= min(M, most)), most)
 
 
 def _shapes(known: int) -> dict[int, tuple[int, int, int]]:
@@ -101,7 +104,7 @@ def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> 
     What counts is what the busiest place of a multiprocessor does, one program after the other.
     """
     width, k_warps, num_warps = shape
-    whole = SkinnyDxConfig(_columns(M, known), width, k_warps, num_warps, 1, known >= 90, known == 75)
+    whole = SkinnyDxConfig(_columns(M, N, known), width, k_warps, num_warps, 1, known >= 90, known == 75)
     tiles = -(-M // whole.columns) * -(-K // whole.rows)
     places = PROCESSORS[known] * _WARPS // num_warps
     most = -(-N // STEP) // (num_warps // k_warps)
@@ -123,7 +126,7 @@ def skinny_dx_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyDxConfig
     return [
         config
         for shape in product((4, 8, 16), (1, 2), (4, 8))
-        if shape[0] * _columns(M, known) <= 256
+        if shape[0] * _columns(M, N, known) <= 256
         for config in _splits(M, N, K, known, shape)[:_TRIED_SPLITS]
         if config.shared_bytes <= SHARED_LIMIT_BYTES[known]
     ]
@@ -143,7 +146,7 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int) -> SkinnyDxConfig | None:
     known = generation(sm)
     if N < _FEWEST_ROWS:
         return None
-    columns = _columns(M, known)
+    columns = _columns(M, N, known)
     whole = _splits(M, N, K, known, _WHOLE_SHAPE)[0]
     if columns == _MANY_ROWS and whole.parts == 1:
         return whole

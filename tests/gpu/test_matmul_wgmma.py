@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
+import skinny
 import torch
 import torch.nn.functional as F
 from exact import assert_bits_equal
-from skinny import exact_product, weight
+from skinny import assert_dx_accurate, exact_product, weight
 
 import qkernels
 from qkernels import dispatch
@@ -40,20 +41,10 @@ def fused(x, packed, state, bias=None, backward=False, config=None):
 
 
 def assert_accurate(y, x, packed, state, bias=None, backward=False):
-    """The error against the product of float32 codes and scales in float64 is at most that of torch's product with the
-    decoded weight in 16 bits, in root mean square, and twice that at its largest."""
-    decoded = qkernels.dequantize_4bit(packed, state).to(x.dtype)
     if backward:
-        identity = torch.eye(state.shape[1], device="cuda", dtype=torch.float64)
-        exact = x.double() @ exact_product(identity, packed, state).T
-        torchs = x @ decoded
+        assert_dx_accurate(y, x, packed, state)
     else:
-        exact = exact_product(x, packed, state, bias)
-        torchs = F.linear(x, decoded, bias)
-    ours, torchs = ((result.double() - exact).abs() for result in (y, torchs))
-    assert not y.isnan().any()
-    assert ours.square().mean().sqrt() <= 1.02 * torchs.square().mean().sqrt()
-    assert ours.max() <= 2 * torchs.max()
+        skinny.assert_accurate(y, x, packed, state, bias)
 
 
 def both_ways(M, N, K, dtype, **options):

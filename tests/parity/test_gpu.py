@@ -10,6 +10,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from exact import assert_bits_equal
+from skinny import exact_product
 
 import qkernels
 from qkernels.format import (
@@ -110,7 +111,7 @@ def test_products_are_no_less_exact(m, dtype):
     x = torch.randn(m, 2048, device="cuda").to(dtype)
     packed, state = qkernels.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     expected, expected_state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    truth = x.double() @ qkernels.dequantize_4bit(packed, state).double().t()
+    truth = exact_product(x, packed, state)  # rounding the weights to 16 bits is part of everyone's error
 
     def error(y):
         return ((y.double() - truth).norm() / truth.norm()).item()
