@@ -69,7 +69,13 @@ _MANY_ROWS, _WHOLE_SHAPE = 64, (4, 2, 8)
 # A T4 has 64 KiB of shared memory, one program's.
 _TURING_SHAPES = {8: (8, 1, 8), 16: (8, 1, 8), 32: (8, 1, 8)}
 # The same by N, K and the most rows of dy, where `benchmarks.tune` found on an H100 what is faster by more than 3%.
-_MEASURED = {(4096, 11008, 8): (8, 2, 8), (4096, 16384, 16): (16, 1, 4), (4096, 16384, 32): (8, 1, 8)}
+_MEASURED = {
+    (4096, 11008, 8): (8, 2, 8),
+    (4096, 11008, 16): (8, 2, 8),
+    (4096, 16384, 8): (16, 1, 4),
+    (4096, 16384, 16): (16, 1, 4),
+    (4096, 16384, 32): (8, 1, 8),
+}
 _MEASURED_ON = 90
 # A multiprocessor has registers for so many warps of the larger ones; more of the small ones gain nothing.
 _WARPS = 8
