@@ -100,14 +100,6 @@ def load_shared_vector(address):
 
 
 @gluon.jit
-def wait_for_warp(thread):
-    """A barrier of a warp's lanes."""
-    gl.inline_asm_elementwise(
-        "{ bar.warp.sync 0xffffffff; mov.b32 $0, 0; }", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr):
     """The two codes of every byte, high nibble first, two entries at a time; `CODES` are the bits of float32."""
     code = lane * 0

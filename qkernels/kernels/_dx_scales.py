@@ -1,7 +1,7 @@
-"""The scales of the backward product for few rows: a warp's 32 rows of W by one, two or four blocks of 64 k.
+"""The scales of the backward product for few rows: a program's rows of W by its blocks of 64 k.
 
-A lane has a row: it loads what is stored of the row's neighbouring blocks, decodes it, and leaves the scales in shared
-memory, from where each lane takes those of its eight rows and its own block.
+Before it multiplies, a thread loads what is stored of a row's neighbouring blocks, decodes it, and leaves the scales in
+shared memory, from where each lane takes those of its eight rows and its own block in every step.
 
 The kernel and the reasons are in `matmul_skinny_dx.py`.
 """
@@ -11,11 +11,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ..tuning.skinny_dx import SCALE_PITCH as _PITCH
-from ._dx_lanes import load_shared_vector, wait_for_warp
-from ._lanes import load_shared, store_shared
-
-SCALE_PITCH = gl.constexpr(_PITCH)
+from ._dx_lanes import load_shared_vector
+from ._lanes import load_shared, store_shared, wait_for_all
 
 
 def _load_asm(kind: str) -> str:
@@ -78,16 +75,78 @@ def load_stored(
 
 
 @gluon.jit
-def scales_of_lane(stored, area, map_address, offset, lane, BLOCKS: gl.constexpr, NESTED: gl.constexpr):
-    """The eight scales of this lane's rows and block.  `area` is this warp's, of two in turn: one barrier is enough."""
-    for i in gl.static_range(BLOCKS):
+def _decoded(stored, NUMBER: gl.constexpr, map_address, offset, NESTED: gl.constexpr):
+    if NESTED:
+        scale = load_shared(map_address + stored[2 * NUMBER] * 4) * stored[2 * NUMBER + 1] + offset
+    else:
+        scale = stored[NUMBER]
+    return scale
+
+
+@gluon.jit
+def keep_scales(
+    pointers,
+    first_block,
+    N,
+    thread,
+    area,
+    map_address,
+    first_row,
+    rows,
+    NESTED: gl.constexpr,
+    NESTED_BLOCK: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    K: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    K_WARPS: gl.constexpr,
+    KEPT_ROWS: gl.constexpr,
+    THREADS: gl.constexpr,
+):
+    """Decode the scales of a program's `rows` rows from `first_row` on, by all of its blocks, into shared memory:
+    [block][row], float32.
+
+    A thread loads those of many rows at once, so that memory is waited for once.  `pointers` are to the two kinds of
+    scales, the 8-bit map and the offset.  All threads meet here.
+    """
+    absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr = pointers
+    AT_ONCE: gl.constexpr = min((KEPT_ROWS + THREADS - 1) // THREADS, 2048 // THREADS)
+    offset = 0.0
+    if NESTED:
+        offset = gl.load(absmax_offset_ptr)
+    for batch in range((rows + (AT_ONCE * THREADS - 1)) // (AT_ONCE * THREADS)):
+        stored = ()
+        for i in gl.static_range(AT_ONCE):
+            here = (batch * AT_ONCE + i) * THREADS + thread
+            # Rows after the last are the last eight again, as their bytes are.
+            row = gl.minimum(first_row + here // 8 * 8, N - 8) + here % 8
+            for k in gl.static_range(K_WARPS):
+                stored = stored + load_stored(
+                    absmax_ptr,
+                    absmax_8bit_ptr,
+                    row,
+                    first_block + k * BLOCKS,
+                    (here < rows).to(gl.int32),
+                    BLOCKS,
+                    K,
+                    NESTED,
+                    NESTED_BLOCK,
+                    QUANT_BLOCK,
+                )
         if NESTED:
-            scale = load_shared(map_address + stored[2 * i] * 4) * stored[2 * i + 1] + offset
-        else:
-            scale = stored[i]
-        store_shared(area + (SCALE_PITCH * i + lane) * 4, scale.to(gl.int32, bitcast=True))
-    wait_for_warp(lane)
-    here = area + (lane // (32 // BLOCKS) * SCALE_PITCH + lane % 4 * 8) * 4
+            store_map(map_address, absmax_code_ptr, thread, THREADS)
+            wait_for_all(thread)
+        for i in gl.static_range(AT_ONCE):
+            here = gl.minimum((batch * AT_ONCE + i) * THREADS + thread, KEPT_ROWS)
+            for block in gl.static_range(BLOCKS * K_WARPS):
+                scale = _decoded(stored, i * BLOCKS * K_WARPS + block, map_address, offset, NESTED)
+                store_shared(area + ((KEPT_ROWS + 4) * block + here) * 4, scale.to(gl.int32, bitcast=True))
+    wait_for_all(thread)
+
+
+@gluon.jit
+def kept_scales(area, block, row, KEPT_ROWS: gl.constexpr):
+    """Those of eight rows by a block."""
+    here = area + ((KEPT_ROWS + 4) * block + row) * 4
     return load_shared_vector(here) + load_shared_vector(here + 16)
 
 
@@ -97,9 +156,3 @@ def store_map(map_address, absmax_code_ptr, thread, THREADS: gl.constexpr):
     for i in gl.static_range(256 // THREADS):
         entry = i * THREADS + thread
         store_shared(map_address + entry * 4, gl.load(absmax_code_ptr + entry).to(gl.int32, bitcast=True))
-
-
-@gluon.jit
-def scale_area(map_address, warp, turn, BLOCKS: gl.constexpr, num_warps: gl.constexpr):
-    """Where a warp's lanes leave scales, one of two areas in turn, behind the map."""
-    return map_address + 1024 + (turn % 2 * num_warps + warp) * (BLOCKS * SCALE_PITCH * 4)

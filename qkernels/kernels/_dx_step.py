@@ -9,51 +9,22 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ._dx_lanes import decode_pair, load_dy, load_row
-from ._dx_scales import load_stored
 from ._lanes import load_shared, mma, store_shared
 
 
 @gluon.jit
-def load_step(
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    BYTES: gl.constexpr,
-):
-    """A step's words of W and stored scales.  Rows after the last are the last eight again, of a dy that is 0.
+def load_words(pointers, place, sizes, first, inside, K: gl.constexpr, BYTES: gl.constexpr):
+    """A step's words of W.  Rows after the last are the last eight again, of a dy that is 0.
 
-    `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
-    first block of 64 k and the program's first row of dy, `sizes` are M and N.
+    `pointers` are to W and to dy, `place` is the lane, its first byte of a row of W and the program's first row of dy,
+    `sizes` are M and N.
     """
-    packed_ptr, absmax_ptr, absmax_8bit_ptr = pointers[:3]
-    lane, column, first_block = place[:3]
-    N = sizes[1]
-    n = first + lane % 4 * 8
-    row = gl.minimum(n, N - 8)
-    address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column
+    row = gl.minimum(first + place[0] % 4 * 8, sizes[1] - 8)
+    address = pointers[0].to(gl.int64) + row.to(gl.int64) * (K // 2) + place[1]
     w = ()
     for i in gl.static_range(8):
         w = w + load_row(address + i * (K // 2), inside, BYTES // 4)
-    lanes_row = gl.minimum(first + lane // 8 * 8, N - 8) + lane % 8
-    stored = load_stored(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        lanes_row,
-        first_block,
-        inside,
-        BYTES // 4,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-    )
-    return w, stored
+    return w
 
 
 @gluon.jit
@@ -81,8 +52,8 @@ def load_columns(
     lane = place[0]
     M, N = sizes
     n = first + lane % 4 * 8
-    m = place[3] + FIRST + lane // 4
-    return load_dy(pointers[3], m, gl.minimum(n, N - 8), n, inside, M, N, ALIGNED, COLUMNS)
+    m = place[2] + FIRST + lane // 4
+    return load_dy(pointers[1], m, gl.minimum(n, N - 8), n, inside, M, N, ALIGNED, COLUMNS)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ and the contraction goes over W's rows n.
 * **Decoding.** A fragment register wants one k of two neighbouring n, a byte has two k of one n.  So the nibbles of two
   rows are put together first, four bytes at a time, and a table of all 256 bytes gives the pair.
 * **Scales** change from n to n, inside the contraction.  So they multiply the weights, in float32, and the product is
-  rounded once: bit for bit the weight that `dequantize_4bit` gives.
+  rounded once: bit for bit the weight that `dequantize_4bit` gives.  A program decodes its own before it multiplies.
 * **Rows** are shared out over warps, whose sums are added in shared memory, and over programs, whose sums a second
   launch adds: both in a fixed order, so equal inputs give equal bits.
 * **Launches** begin, where the GPU can, while the one before them ends (EARLY).
@@ -24,12 +24,13 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..format import FP4_CODE, NESTED_BLOCKSIZE, NF4_CODE
+from ..tuning.skinny import MAP_BYTES as _MAP_SIZE
 from ..tuning.skinny_dx import STEP as _STEP_SIZE
 from ..tuning.skinny_dx import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny_dx import SkinnyDxConfig
 from ._dx_lanes import fill_table
-from ._dx_scales import scale_area, scales_of_lane, store_map
-from ._dx_step import add_warps, load_columns, load_step, multiply, store_sums
+from ._dx_scales import keep_scales, kept_scales
+from ._dx_step import add_warps, load_columns, load_words, multiply, store_sums
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
 from ._launch import early_and_late
@@ -38,6 +39,7 @@ from ._sum_parts import SUM_CONFIG, sum_parts_kernel
 
 STEP = gl.constexpr(_STEP_SIZE)
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
+MAP_BYTES = gl.constexpr(_MAP_SIZE)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "part_steps"])
@@ -64,6 +66,7 @@ def _matmul_skinny_dx_kernel(
     K_WARPS: gl.constexpr,
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
+    KEPT_ROWS: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
 ):
     num_warps: gl.constexpr = gl.num_warps()
@@ -85,6 +88,7 @@ def _matmul_skinny_dx_kernel(
     lane8 = lane % 16 * 8
     shared = shared_address(thread)
     map_address = shared + TABLE_BYTES
+    area = map_address + MAP_BYTES
     tile = gl.program_id(0)
     tiles_of_columns = (M + COLUMNS - 1) // COLUMNS
     first_k = tile // tiles_of_columns * ROWS
@@ -92,13 +96,13 @@ def _matmul_skinny_dx_kernel(
     if SPLIT:
         out_ptr += (tile * gl.num_programs(1) + gl.program_id(1)).to(gl.int64) * (ROWS * COLUMNS)
     # Lanes past the end of a row take its last bytes again.
-    first_block = first_k // 64 + k_warp * BLOCKS
+    block = k_warp * BLOCKS + lane // (32 // BLOCKS)
     column = gl.minimum(first_k // 2 + (k_warp * 8 + lane // 4) * BYTES, K // 2 - BYTES)
     first_step = gl.program_id(1) * part_steps
     steps = gl.minimum(part_steps, (N + (STEP - 1)) // STEP - first_step)
     first = (first_step + n_warp) * STEP
-    pointers = (packed_ptr, absmax_ptr, absmax_8bit_ptr, dy_ptr)
-    place = (lane, column, first_block, first_m)
+    pointers = (packed_ptr, dy_ptr)
+    place = (lane, column, first_m)
     sizes = (M, N)
 
     wait_for_all(thread)
@@ -107,13 +111,26 @@ def _matmul_skinny_dx_kernel(
         wait_for_previous(thread)
         let_next_begin(thread)
     inside = (n_warp < steps).to(gl.int32)
-    w, stored = load_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES)
+    w = load_words(pointers, place, sizes, first, inside, K, BYTES)
     dy = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
-    offset = 0.0
-    if NESTED:
-        offset = gl.load(absmax_offset_ptr)
-        store_map(map_address, absmax_code_ptr, thread, THREADS)
-    wait_for_all(thread)
+    keep_scales(
+        (absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr),
+        first_k // 64,
+        N,
+        thread,
+        area,
+        map_address,
+        first_step * STEP,
+        steps * STEP,
+        NESTED,
+        NESTED_BLOCK,
+        QUANT_BLOCK,
+        K,
+        BLOCKS,
+        K_WARPS,
+        KEPT_ROWS,
+        THREADS,
+    )
 
     acc = zeros(lane)
     for _ in gl.static_range(1, BYTES * GROUPS):
@@ -122,19 +139,15 @@ def _matmul_skinny_dx_kernel(
     for turn in range((part_steps + N_WARPS - 1) // N_WARPS):
         first += N_WARPS * STEP
         inside = ((turn + 1) * N_WARPS + n_warp < steps).to(gl.int32)
-        w_then, stored_then = load_step(
-            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES
-        )
+        w_then = load_words(pointers, place, sizes, first, inside, K, BYTES)
         if GROUPS == 1:
             dy_then = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
         if turn * N_WARPS + this_n_warp < steps:
-            area = scale_area(map_address, warp, turn, BLOCKS, num_warps)
-            scales = scales_of_lane(stored, area, map_address, offset, lane, BLOCKS, NESTED)
+            scales = kept_scales(area, block, (turn * N_WARPS + n_warp) * STEP + lane % 4 * 8, KEPT_ROWS)
             acc, dy = multiply(
                 acc, w, scales, dy, lane8, pointers, place, sizes, first, inside, ALIGNED, BYTES, GROUPS, KIND
             )
         w = w_then
-        stored = stored_then
         if GROUPS == 1:
             dy = dy_then
     # Sums of so many columns at once, of eight every second, as shared memory has room for.
@@ -173,6 +186,7 @@ def skinny_dx_constants(config: SkinnyDxConfig, dtype: torch.dtype) -> dict[str,
         "K_WARPS": config.k_warps,
         "SPLIT": config.parts > 1,
         "EARLY": config.early,
+        "KEPT_ROWS": config.kept_rows,
         "SHARED_BYTES": config.shared_bytes,
     }
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from .skinny import MAP_BYTES, PROCESSORS, SHARED_LIMIT_BYTES, generation
 
 STEP = 32  # rows of W that a warp's lanes have at a time, eight a lane
-SCALE_PITCH = 36  # float32 from one block's 32 scales to the next block's: no bank is met twice
 TABLE_BYTES = 32768  # float32 pairs of 256 bytes, for each of 16 lanes
 
 
@@ -23,6 +22,7 @@ class SkinnyDxConfig(NamedTuple):
     k_warps: warps beside each other along k; the others share the rows of W.
     num_warps: warps a program, at most 8.
     parts: into which the contraction is split; more than one are added by a launch of its own.
+    kept_rows: rows of W whose scales a program has in shared memory: all of its own.
     early: launches begin while the one before them ends.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
     max_registers: registers a thread may use; None leaves it to ptxas.
@@ -33,6 +33,7 @@ class SkinnyDxConfig(NamedTuple):
     k_warps: int
     num_warps: int
     parts: int
+    kept_rows: int
     early: bool
     turing: bool
     max_registers: int | None = None
@@ -53,12 +54,12 @@ class SkinnyDxConfig(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """The table, the map and two areas of scales a warp; later sums, a thread's two for each of its bytes.
+        """The table, the map and the scales; later sums, a thread's two for each of its bytes.
 
         Whole rows of one word a thread.
         """
         row = 4 * 32 * self.num_warps
-        decoding = TABLE_BYTES + MAP_BYTES + 2 * self.num_warps * self.bytes // 4 * SCALE_PITCH * 4
+        decoding = TABLE_BYTES + MAP_BYTES + self.rows // 64 * (self.kept_rows + 4) * 4
         return -(-max(decoding, 2 * self.bytes * (row + 4)) // row) * row
 
 
@@ -98,13 +99,15 @@ def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> 
     What counts is what the busiest place of a multiprocessor does, one program after the other.
     """
     width, k_warps, num_warps = shape
-    whole = SkinnyDxConfig(_columns(M, known), width, k_warps, num_warps, 1, known >= 90, known == 75)
+    whole = SkinnyDxConfig(_columns(M, known), width, k_warps, num_warps, 1, 0, known >= 90, known == 75)
     tiles = -(-M // whole.columns) * -(-K // whole.rows)
     places = PROCESSORS[known] * _WARPS // num_warps
     most = -(-N // STEP) // (num_warps // k_warps)
-    found = [whole._replace(parts=parts) for parts in range(1, max(1, most) + 1)]
+    split = [whole._replace(parts=parts) for parts in range(1, max(1, most) + 1)]
+    found = [one._replace(kept_rows=STEP * one.part_steps(N)) for one in split]
+    room = (SHARED_LIMIT_BYTES[known] + 1024) // (_WARPS // num_warps) - 1024
     return sorted(
-        found,
+        [one for one in found if one.shared_bytes <= room] or found[-1:],
         key=lambda one: (-(-tiles * one.parts // places) * (_FIXED_TURNS + one.turns(N)), one.parts),
     )
 
