@@ -18,6 +18,8 @@ from transformers.trainer_callback import ProgressCallback
 from .optimize.graphs import uncounted_bytes
 from .units import GIB
 
+Gradients = list[tuple[str, torch.Tensor]]
+
 
 def peak_memory_gib() -> float:
     """Most memory in use so far, in GiB: torch's on the GPU, or the process's resident memory without one.
@@ -79,18 +81,68 @@ class OverflowReport(TrainerCallback):
     """Says which step was skipped because gradients overflowed under the loss scale (float16), and in which layer.
 
     The gradient goes from the last layer to the first: the last one that has it in the model's order is where it began.
-    Gradients are looked at after a skipped step only, so that no other step waits for them.
+
+    Most optimizers are not called for such a step, and accelerate notices.  A fused one, the Trainer's default, is
+    called and leaves the step out on the GPU; to ask there would make the host wait in every step.  So its flag is
+    copied, and looked at a step later; the gradients are kept as long.
     """
 
-    def on_optimizer_step(
+    def __init__(self) -> None:
+        self._trained: list[tuple[str, torch.nn.Parameter]] = []
+        self._flag: _Flag | None = None
+        self._pending: tuple[int, _Flag, Gradients] | None = None
+
+    def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if not getattr(optimizer, "step_was_skipped", False):
-            return
-        trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        overflowed = [name for name, grad in trained if not grad.isfinite().all()]
-        where = f"begins in {overflowed[-1]} ({len(overflowed)} of {len(trained)})" if overflowed else "is gone already"
-        print(f"step {state.global_step + 1} skipped, the loss scale halved: the overflow of the gradient {where}")
+        self._trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if getattr(optimizer, "scaler", None) is not None:
+            optimizer.optimizer.register_step_post_hook(self._keep_flag)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self._look_back()
+        step = state.global_step + 1
+        if getattr(optimizer, "step_was_skipped", False):
+            _tell(step, self._gradients())
+        elif self._flag is not None:
+            self._pending = step, self._flag, self._gradients()
+            self._flag = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look_back()
+
+    def _keep_flag(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        flag = getattr(optimizer, "found_inf", None)  # how torch's GradScaler tells a fused optimizer
+        self._flag = None if flag is None else _Flag(flag)
+
+    def _gradients(self) -> Gradients:
+        return [(name, parameter.grad) for name, parameter in self._trained if parameter.grad is not None]
+
+    def _look_back(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[1].is_set():
+            _tell(pending[0], pending[2])
+
+
+class _Flag:
+    """A flag on its way from the GPU."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        self._copy = flag.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if flag.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def is_set(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._copy)
+
+
+def _tell(step: int, gradients: Gradients) -> None:
+    overflowed = [name for name, grad in gradients if not grad.isfinite().all()]
+    where = f"begins in {overflowed[-1]} ({len(overflowed)} of {len(gradients)})" if overflowed else "is gone already"
+    print(f"step {step} skipped, the loss scale halved: the overflow of the gradient {where}")
 
 
 class ProgressBar(ProgressCallback):
