@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
     options.out = options.out or RESULTS
+    # A stack may fail in one of them.
+    options.dtype = options.dtype or ["float16", *(["bfloat16"] if set(options.op) <= set(MODEL_OPS) else [])]
     name = "-".join(["rivals", *options.op] if options.all_rivals else options.op)
     return measure_to_csv(options, name, lambda device: _rows(options, device), _line, _noise)
 
@@ -255,7 +257,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="repeat it for several",
     )
-    parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=["float16"])
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float16", "bfloat16", "float32"),
+        help="default: float16; of whole models alone bfloat16 too",
+    )
     add_shape_flag(parser)
     parser.add_argument(
         "--all-rivals",

@@ -79,6 +79,14 @@ def test_shares_are_of_the_copy_and_of_the_matrix_peak_of_the_same_run(tmp_path)
         assert float(row["percent_of_copy"]) == pytest.approx(100 * float(row["gbps"]) / float(best["copy"]["gbps"]))
 
 
+def test_whole_models_alone_are_in_both_dtypes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "measure_to_csv", lambda options, *_: asked.append(options.dtype) or 0)
+    for flags in (["load", "--op", "train_step"], ["load", "--op", "matmul"], ["load", "--dtype", "float32"]):
+        assert run.main(["--out", "there", "--op", *flags]) == 0
+    assert asked == [["float16", "bfloat16"], ["float16"], ["float32"]]
+
+
 def test_whole_models_are_tried_too(tmp_path, capsys):
     """The stack beside bitsandbytes; the other two are tried in test_benchmarks.py."""
     stacks = ["trl+peft+bitsandbytes", "qlora"]
