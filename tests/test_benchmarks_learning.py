@@ -9,7 +9,7 @@ from operator import getitem
 import numpy as np
 import pytest
 import torch
-from runs import save_model
+from train_runs import save_model
 
 from benchmarks import learning, learning_curves, learning_runs
 from benchmarks.learning_runs import BOTH, CALIBRATED, EMBEDDINGS, PLAIN, QERA, RIVAL, ZERO

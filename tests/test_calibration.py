@@ -9,8 +9,8 @@ import pytest
 import torch
 from models import LINEARS, save_tiny, tokens
 from peft import LoraConfig, get_peft_model
-from runs import prompts, refused, save_model
 from safetensors.torch import load_file, save_file
+from train_runs import prompts, refused, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora

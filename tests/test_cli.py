@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import refused
+from train_runs import refused
 
 from qkernels import UserError
 from qlora import cli

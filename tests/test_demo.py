@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import refused, save_model
+from train_runs import refused, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import demo

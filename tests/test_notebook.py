@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import save_model
+from train_runs import save_model
 
 from qlora.data import bundled_prompts
 

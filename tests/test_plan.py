@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import save_tiny
-from runs import refused
+from train_runs import refused
 
 from qlora import UserError
 from qlora.arguments import LoraArguments

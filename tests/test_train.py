@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import prompts, refused, save_model, train_flags
 from safetensors.torch import load_file
+from train_runs import prompts, refused, save_model, train_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
