@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import geometric_mean
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -173,7 +174,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
         if row["wrong_overflows"]:
             found.append(f"{_what(row)}: {row['wrong_overflows']} results overflow wrongly")
     for (op, dtype, kind), ratios in together.items():
-        mean = _mean(ratios)
+        mean = geometric_mean(ratios)
         if not mean <= MEAN_TOLERANCE:
             found.append(f"{op} {dtype}: {kind} error {mean:.3f} times bitsandbytes', geometric mean of all points")
     return found
@@ -186,15 +187,9 @@ def summary(rows: Iterable[Row]) -> str:
     for other in (RIVAL, TORCH):
         for kind in ("max", "rms"):
             ratios = [row[f"{kind}_to_{other}"] for row in ours]
-            lines.append(
-                f"{kind} error over that of {other}: {_mean(ratios):.3f} in the mean, {max(ratios):.3f} at most"
-            )
+            mean = geometric_mean(ratios)
+            lines.append(f"{kind} error over that of {other}: {mean:.3f} in the mean, {max(ratios):.3f} at most")
     return "\n".join(lines)
-
-
-def _mean(ratios: Sequence[float]) -> float:
-    """Geometric."""
-    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
 
 
 def _what(row: Row) -> str:

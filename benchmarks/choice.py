@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -112,12 +113,6 @@ def points(rows: list[Row]) -> list[Point]:
     return [Point(product, taken[product], measured) for product, measured in times(rows).items()]
 
 
-def mean_of(factors: Iterable[float]) -> float:
-    """Geometric mean."""
-    logs = [math.log(factor) for factor in factors]
-    return math.exp(math.fsum(logs) / len(logs))
-
-
 def choose(product: Product) -> Name:
     """What the dispatch and the tables choose."""
     taken = candidates.chosen(product)
@@ -172,7 +167,7 @@ def summary(rows: list[Row]) -> str:
     known = [loss for loss in found if loss.chosen_us is not None]
     lines = [text(loss) for loss in too_slow(rows)]
     if known:
-        mean = mean_of(1 + loss.share for loss in known) - 1
+        mean = geometric_mean(1 + loss.share for loss in known) - 1
         beside = max(max(0.0, loss.beside_others) for loss in known)
         lines.append(
             f"{len(found)} points: what is chosen is {mean:.1%} slower than the fastest measured (geometric mean), "

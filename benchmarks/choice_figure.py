@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import geometric_mean
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
 
-from .choice import TOLERANCE, Point, mean_of, points
+from .choice import TOLERANCE, Point, points
 from .plotting import BLACK, BLUE, ORANGE, RED, SKY, panels
 from .report import Row
 
@@ -50,5 +52,5 @@ def _line(one, name: str, color: str, those: list[Point]) -> None:
         if (factor := point.over_chosen(name)) is not None:
             factors.setdefault(point.product.M, []).append(factor)
     ms = sorted(factors)
-    one.plot(ms, [mean_of(factors[m]) for m in ms], "o-", color=color, markersize=3, label=name)
+    one.plot(ms, [geometric_mean(factors[m]) for m in ms], "o-", color=color, markersize=3, label=name)
     one.fill_between(ms, [min(factors[m]) for m in ms], [max(factors[m]) for m in ms], color=color, alpha=0.15)

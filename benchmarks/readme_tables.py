@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
 
-from .choice import Point, mean_of, points
+from .choice import Point, points
 from .compare import AGAIN
 from .learning_curves import curves_of
 from .learning_runs import PLAIN
@@ -165,8 +165,8 @@ def choice(rows: list[Row]) -> Table:
         others = []
         for name in (DEQUANTIZE, SKINNY, WGMMA):
             factors = [factor for point in those if (factor := point.over_chosen(name)) is not None]
-            others.append(f"{mean_of(factors):.2f}" if factors else "-")
-        losses = f"{mean_of(slower) - 1:.1%}", f"{max(slower) - 1:.1%}"
+            others.append(f"{statistics.geometric_mean(factors):.2f}" if factors else "-")
+        losses = f"{statistics.geometric_mean(slower) - 1:.1%}", f"{max(slower) - 1:.1%}"
         body.append((f"{'dX' if backward else 'y'}, M = {m}", taken, *losses, *others))
     over = (f"{name}, time over the chosen" for name in (DEQUANTIZE, SKINNY, WGMMA))
     return ("product", "chosen", "slower than the fastest measured", "at most", *over), body
