@@ -86,7 +86,7 @@ _MEASURED = {
     (4096, 11008, 16): (1, 1, 8),
 }
 _MEASURED_LIMIT = {(4096, 11008): 16}
-_MEASURED_ON = 90
+MEASURED_ON = 90
 
 
 def generation(sm: int) -> int:
@@ -98,7 +98,7 @@ def skinny_limit(sm: int, N: int = 0, K: int = 0) -> int:
     """The largest M; N and K tell of a weight [N, K] for which it is another."""
     known = generation(sm)
     limit = _LIMIT.get(known, 0)
-    return _MEASURED_LIMIT.get((N, K), limit) if known == _MEASURED_ON else limit
+    return _MEASURED_LIMIT.get((N, K), limit) if known == MEASURED_ON else limit
 
 
 def _most_rows(M: int) -> int:
@@ -155,7 +155,7 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     """
     known = generation(sm)
     measured = _MEASURED.get((N, K, 1 << (M - 1).bit_length()))
-    if measured is not None and known == _MEASURED_ON:
+    if measured is not None and known == MEASURED_ON:
         return _config(M, N, K, known, *measured)
     best = None
     for tiles, row_warps, num_warps, programs in _SHAPES[_most_rows(M)]:

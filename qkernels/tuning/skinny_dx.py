@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from .skinny import MAP_BYTES, PROCESSORS, SHARED_LIMIT_BYTES, generation
+from .skinny import MAP_BYTES, MEASURED_ON, PROCESSORS, SHARED_LIMIT_BYTES, generation
 
 STEP = 32  # rows of W that a warp's lanes have at a time, eight a lane
 SCALE_PITCH = 36  # float32 from one block's 32 scales to the next block's: no bank is met twice
@@ -76,7 +76,6 @@ _MEASURED = {
     (4096, 16384, 16): (16, 1, 4),
     (4096, 16384, 32): (8, 1, 8),
 }
-_MEASURED_ON = 90
 # A multiprocessor has registers for so many warps of the larger ones; more of the small ones gain nothing.
 _WARPS = 8
 # A program's begin and end, the table and the sums, in turns of its warps.
@@ -157,6 +156,6 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int) -> SkinnyDxConfig | None:
     if columns == _MANY_ROWS and whole.parts == 1:
         return whole
     shape = _shapes(known)[columns]
-    if known == _MEASURED_ON:
+    if known == MEASURED_ON:
         shape = _MEASURED.get((N, K, columns), shape)
     return _splits(M, N, K, known, shape)[0]

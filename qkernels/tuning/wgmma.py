@@ -9,7 +9,9 @@ from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
-PROCESSORS = 132
+from . import skinny
+
+PROCESSORS = skinny.PROCESSORS[90]
 ROWS = 128  # two warp groups, which take turns at decoding and multiplying
 STAGES = 4
 # Columns of a tile: microseconds a step of 64 of the contraction, forward and backward.
