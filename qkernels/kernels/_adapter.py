@@ -10,9 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
+from ._wgmma import same_bytes
+
 _LAYOUT = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))
-# Its name in Triton 3.6 and in 3.9.
-_UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 
 @gluon.jit
@@ -24,10 +24,8 @@ def inner_memory(stage, RANK: gl.constexpr, BACKWARD: gl.constexpr):
     shape: gl.constexpr = [RANK // 16, stage.shape[0], 16]
     if not BACKWARD:
         memory = gl.allocate_shared_memory(stage.dtype, shape, _LAYOUT)
-    elif _UNDERSCORED:
-        memory = stage._reinterpret(stage.dtype, shape, _LAYOUT)
     else:
-        memory = stage.reinterpret(stage.dtype, shape, _LAYOUT)
+        memory = same_bytes(stage, stage.dtype, shape, _LAYOUT)
     return memory
 
 

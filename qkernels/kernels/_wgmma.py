@@ -18,6 +18,7 @@ _UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret")
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 _NESTED_BLOCK = gl.constexpr(NESTED_BLOCKSIZE)
+_TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 _HALF_A_TURN = gl.constexpr(
     "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; and.b32 t, t, 1; setp.eq.u32 p, t, $1; "
     "@p bar.sync 0; mov.u32 $0, t; }"
@@ -167,10 +168,10 @@ def store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl
         acc += gl.load(bias_ptr + r, mask=r < R, other=0.0).to(gl.float32)[:, None]
     halves = acc.to(DTYPE).reshape([ROWS, 2, HALF]).permute((0, 2, 1)).split()
     for half in gl.static_range(2):
-        same_bytes(memory[half], DTYPE, [HALF, ROWS]).permute((1, 0)).store(halves[half])
+        same_bytes(memory[half], DTYPE, [HALF, ROWS], _TILE_LAYOUT).permute((1, 0)).store(halves[half])
     block_barrier()
     for half in gl.static_range(2):
-        value = same_bytes(memory[half], DTYPE, [HALF, ROWS]).load(storing_layout(ROWS, HALF, BACKWARD))
+        value = same_bytes(memory[half], DTYPE, [HALF, ROWS], _TILE_LAYOUT).load(storing_layout(ROWS, HALF, BACKWARD))
         _store_half(in_order_of_k(value) if BACKWARD else value, out_ptr, row0, column0 + half * HALF, M, R)
     # What comes there next comes by TMA.
     fence_async_shared()
@@ -193,9 +194,8 @@ def in_order_of_k(value):
 
 
 @gluon.jit
-def same_bytes(memory, dtype: gl.constexpr, shape: gl.constexpr):
-    """Shared memory under another type and shape."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+def same_bytes(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """Shared memory under another type, shape and layout."""
     if _UNDERSCORED:
         result = memory._reinterpret(dtype, shape, layout)
     else:
