@@ -63,7 +63,7 @@ def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     shapes = [shape for shape in shapes_of(options) if shape != OUTPUT_LAYER]
     ms = options.m or ((1, 16) if options.smoke else ROWS)
     if device == "cuda":
-        compile_ahead(lambda: launch_products(options, shapes))
+        compile_ahead(lambda: launch_products(shapes, options.dtype, ms))
     for shape in shapes:
         for dtype in options.dtype:
             for scales in (ALIKE, APART, *((EDGE,) if dtype == "float16" else ())):

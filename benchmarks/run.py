@@ -91,7 +91,8 @@ def _kernel_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     if set(options.op) <= set(MODEL_OPS):
         shapes = dict(list(shapes.items())[:1])
     elif device == "cuda":
-        compile_ahead(lambda: launch_products(options, shapes))
+        rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
+        compile_ahead(lambda: launch_products(shapes, options.dtype, rows))
     with Clock() as clock:
         for number, (shape, model) in enumerate(shapes.items()):
             for dtype in options.dtype:
@@ -123,10 +124,9 @@ def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
     return options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS))
 
 
-def launch_products(options: argparse.Namespace, shapes: Iterable[tuple[int, int]]) -> None:
-    """Every kernel of these operations once, for `compile_ahead`."""
-    rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
-    for shape, name in product(shapes, options.dtype):
+def launch_products(shapes: Iterable[tuple[int, int]], dtypes: Iterable[str], rows: Iterable[int]) -> None:
+    """Every kernel of the products of these weights with so many rows once, for `compile_ahead`."""
+    for shape, name in product(shapes, dtypes):
         weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
         packed, state = qkernels.quantize_4bit(weight, **FORMAT)
         qkernels.dequantize_4bit(packed, state)

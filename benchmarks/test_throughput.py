@@ -22,15 +22,21 @@ from benchmarks.gauges import empty
 from benchmarks.models import LAYERS, MODEL_OPS, TRIAL, Asked, batch_of, call_of, job_of, prepare
 from benchmarks.modules import MODULES
 from benchmarks.operations import OPERATIONS, SHAPES, Measured
+from benchmarks.precompile import compile_ahead
 from benchmarks.products import PRODUCTS
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import DTYPES, PROVIDERS
 from benchmarks.rivals import WITH_RIVALS, with_rivals
+from benchmarks.run import launch_products
+from qlora.precision import choose_precision
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPE = SHAPES["bloom-7b1"][1] if ON_GPU else (64, 128)
 ROWS = (1, 16, 256, 2048) if ON_GPU else (1, 16)
 ON_ROWS = {**PRODUCTS, **MODULES}
+# Seconds for a kernel's case: hundreds of calls; there are more than a hundred cases.
+SECONDS = 0.2
+PRECISION = next(name for name, dtype in DTYPES.items() if dtype == choose_precision().dtype)
 CASES = [*((op, None) for op in OPERATIONS), *((op, m) for op in ON_ROWS for m in ROWS)]
 
 
@@ -42,12 +48,15 @@ def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
 
 
 def _cases() -> Iterator[object]:
+    if ON_GPU:
+        compile_ahead(lambda: launch_products([SHAPE], ["float16"], ROWS))
     for op, m in CASES:
         measured, _ = _measured(op, m)
         for provider in (*measured.providers, *measured.missing):
             yield pytest.param(op, m, provider, id=f"{op}-{m}-{provider}" if m else f"{op}-{provider}")
 
 
+@pytest.mark.benchmark(max_time=SECONDS)
 @pytest.mark.parametrize(("op", "m", "provider"), list(_cases()))
 def test_throughput(op, m, provider, benchmark):
     measured, weight = _measured(op, m)
@@ -62,6 +71,7 @@ def test_throughput(op, m, provider, benchmark):
         if ON_GPU:
             torch.cuda.synchronize()
 
+    wait_for_it()  # what torch.compile forgot while the cases were gathered, it compiles again
     benchmark(wait_for_it)
 
 
@@ -81,6 +91,10 @@ def test_a_whole_model(op, stack, folder, benchmark):
     benchmark.group = op
     if op == "train_step":
         benchmark.extra_info.update(steps=steps, tokens=tokens)
-    call = call_of(op, job_of(folder, stack, f"{stack} {op}", "fp16" if ON_GPU else "fp32", DEVICE, asked))
-    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+    call = call_of(op, job_of(folder, stack, f"{stack} {op}", PRECISION, DEVICE, asked))
+    try:
+        call()
+    except NotImplementedError as error:  # TRL's bf16 adapters and the loss scale of fp16
+        pytest.skip(str(error))
+    benchmark.pedantic(call, rounds=3)
     empty(DEVICE)
