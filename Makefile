@@ -53,6 +53,7 @@ bench-compare: $(VENV)/dev.stamp
 # the fastest.
 tune: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.tune --out $(RESULTS)
+	$(BIN)/python -m benchmarks.tune --shapes ragged --out $(RESULTS)
 	$(BIN)/python -m benchmarks.proposal
 	$(BIN)/python -m benchmarks.choice
 
@@ -72,11 +73,13 @@ records: $(VENV)/dev.stamp
 		--gpu-record
 	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --op lora --op linear4bit --op linear4bit_training \
 		--dtype float16 bfloat16 --gpu-record
-	$(BIN)/python -m benchmarks.run --op load --op train_step --op generate --dtype float16 bfloat16 --gpu-record
+	$(BIN)/python -m benchmarks.run --op matmul --op matmul_dx --shapes ragged --dtype float16 bfloat16 --gpu-record
+	$(BIN)/python -m benchmarks.run --op load --op train_step --op generate --gpu-record
 	$(PIP) -e '.[peers]'
 	$(BIN)/python -m benchmarks.run --op matmul --op dequantize --op quantize --all-rivals --shape 4096x4096 \
 		--dtype bfloat16 $(foreach m,1 16 128 1024,--m $(m)) --gpu-record
 	$(BIN)/python -m benchmarks.accuracy --out $(RESULTS)
+	$(BIN)/python -m benchmarks.accuracy --shapes ragged --out $(RESULTS)
 	$(MAKE) tune
 	$(BIN)/python -m benchmarks.nf4_exercise --out $(RESULTS)
 	$(BIN)/python -m benchmarks.bloom7b1 --data $(DATA) --out $(RESULTS)

@@ -47,6 +47,8 @@ class Candidate:
 def candidates(product: Product) -> list[Candidate]:
     """All that can compute the product, dequantizing first."""
     found = [Candidate(DEQUANTIZE)]
+    if product.K % 64 or product.blocksize < 64:  # rows that are not whole blocks, which no fused product takes
+        return found
     configs = skinny_dx_candidates if product.backward else skinny_candidates
     found += [Candidate(SKINNY, config) for config in configs(*product[:3], product.sm)]
     if product.sm == 90:

@@ -22,8 +22,9 @@ import torch
 from qkernels.dispatch import Product
 
 from . import candidates
-from .compare import RESULTS
+from .compare import RESULTS, weight_of
 from .report import Row, read_csv
+from .weights import BLOCKSIZE
 
 TOLERANCE = 0.03
 # Implementation and configuration, as they stand in a record.
@@ -85,7 +86,8 @@ def product_of(row: Row) -> Product:
     major, minor = str(row["capability"] or "0.0").split(".")
     dtype = getattr(torch, row["dtype"])
     backward = row["op"] == "matmul_dx"
-    return Product(row["m"], row["rows"], row["columns"], dtype, (int(major), int(minor)), backward=backward)
+    capability, blocksize = (int(major), int(minor)), row.get("blocksize") or BLOCKSIZE
+    return Product(row["m"], row["rows"], row["columns"], dtype, capability, blocksize, backward=backward)
 
 
 def name_of(row: Row) -> Name:
@@ -148,7 +150,8 @@ def line(point: Point) -> str:
 def _where(product: Product) -> str:
     op = "matmul_dx" if product.backward else "matmul"
     dtype = str(product.dtype).removeprefix("torch.")
-    return f"{op} {product.N}x{product.K} {dtype} M={product.M}"
+    weight = {"rows": product.N, "columns": product.K, "blocksize": product.blocksize}
+    return f"{op} {weight_of(weight)} {dtype} M={product.M}"
 
 
 def text(loss: Loss) -> str:

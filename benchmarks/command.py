@@ -13,15 +13,19 @@ from typing import Any
 import torch
 
 from qkernels.errors import UserError
+from qkernels.format import BLOCKSIZES
 from qlora.checkpoint import check_writable
 
 from . import data, report
 from .checkpoint import MODELS, ModelSize
 from .environment import environment
+from .weights import BLOCKSIZE, LISTS, Size
 
 # Flags whose values name places of a machine, or a commit, which has a column of its own.
 _PLACES = ("--out", "--commit", "--checkpoint", "--figure")
 _SIZES = ("layers", "hidden", "heads", "vocab")
+# Rows of activations beside ragged weights, which are for few.
+RAGGED_ROWS = (1, 4, 16, 64, 256)
 
 
 def parser_of(name: str, description: str | None, out_required: bool = True) -> argparse.ArgumentParser:
@@ -149,10 +153,66 @@ def add_trial_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes: a trial of the script")
 
 
-def add_shape_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape", action="append", type=_shape, help="rows x columns of a weight, 4096x4096; default: both models'"
+def add_shape_flags(parser: argparse.ArgumentParser) -> None:
+    """Which weights; `sizes_of` reads the answer."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--shape", action="append", type=_shape, help="rows x columns of a weight, 4096x4096; repeat it for several"
     )
+    which.add_argument(
+        "--shapes",
+        choices=LISTS,
+        default="models",
+        help="models: Bloom's and Llama's (the default); ragged: rows\n"
+        "that are not whole blocks of 64, and Bloom's in blocks of 32",
+    )
+    parser.add_argument(
+        "--blocksize", type=int, choices=BLOCKSIZES, default=BLOCKSIZE, help="weights a scale (default: %(default)s)"
+    )
+
+
+def sizes_of(options: argparse.Namespace) -> dict[Size, str]:
+    """The weights that the flags ask for -> the first model that has such a one.
+
+    Raises:
+        argparse.ArgumentTypeError: a blocksize for a list that has its own.
+    """
+    if options.shapes == "ragged" and options.blocksize != BLOCKSIZE:
+        raise argparse.ArgumentTypeError("--shapes ragged has blocks of its own: without --blocksize")
+    if options.smoke and options.shapes == "models":
+        return {Size((64, 128), options.blocksize): "trial"}
+    if options.smoke:  # one of each kind
+        return {Size((64, 80)): "trial", Size((64, 128), 32): "trial"}
+    known: dict[Size, str] = {}
+    for model, sizes in LISTS[options.shapes].items():
+        for size in sizes:
+            known.setdefault(size if options.shapes == "ragged" else size._replace(blocksize=options.blocksize), model)
+    if not options.shape:
+        return known
+    given = (Size(shape, options.blocksize) for shape in options.shape)
+    return {size: known.get(size, "given") for size in given}
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, those of `add_shape_flags` too; what does not go together ends the command."""
+    options = parser.parse_args(arguments)
+    try:
+        sizes_of(options)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    return options
+
+
+def record_name(options: argparse.Namespace, name: str) -> str:
+    """A record's name; one of a list of its own is no newer record of the models' weights."""
+    return name if options.shapes == "models" else f"{options.shapes}-{name}"
+
+
+def rows_of(options: argparse.Namespace, usual: Sequence[int]) -> Sequence[int]:
+    """The rows of activations that the flags ask for; of `usual` where they say nothing."""
+    if options.m or options.smoke:
+        return options.m or (1, 16)
+    return RAGGED_ROWS if options.shapes == "ragged" else usual
 
 
 def add_rows_flag(parser: argparse.ArgumentParser, default: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from .environment import ROOT
 from .report import Row, read_csv
+from .weights import BLOCKSIZE
 
 RESULTS = ROOT / "benchmarks" / "results"
 # This project's provider of an operation and of a whole model; what follows its name where it is timed once more.
@@ -120,16 +121,23 @@ def _compare_run(run: Path, record: Path | None) -> int:
     return 0 if fine else 1
 
 
+def weight_of(row: Row) -> str:
+    """ "4096x4096", "4096x4096/32" in blocks of 32 instead of 64; or a model's name."""
+    if not row["rows"]:
+        return str(row["model"])
+    blocksize = row.get("blocksize") or BLOCKSIZE  # no column in records that are older
+    return f"{row['rows']}x{row['columns']}" + (f"/{blocksize}" if blocksize != BLOCKSIZE else "")
+
+
 def _case(row: Row) -> Case:
-    what = f"{row['rows']}x{row['columns']}" if row["rows"] else row["model"]
-    return row["op"], what, row["dtype"], row["m"], row["method"]
+    return row["op"], weight_of(row), row["dtype"], row["m"], row["method"]
 
 
 def _clock(case: Case) -> str:
     """The cases that share a noise: those of a method; of whole models each operation's, for a step of training is
     timed more often than a load."""
     op, what, _, _, method = case
-    return str(method) if re.fullmatch(r"\d+x\d+", str(what)) else f"{op} ({method})"
+    return str(method) if re.match(r"\d+x\d", str(what)) else f"{op} ({method})"
 
 
 def _text(case: Case) -> str:

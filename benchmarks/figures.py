@@ -53,7 +53,7 @@ DRAWN = {
     "choice.png": Drawn("tune-*.csv", choice_figure.figure_of, lambda row: True),
     "learning.png": Drawn("learning-curves-*.csv", learning_curves.figure_of, lambda row: True),
 }
-for _op, _pattern in {"matmul": "matmul*.csv", "matmul_dx": "*matmul_dx*.csv", "lora": "*lora*.csv"}.items():
+for _op, _pattern in {"matmul": "matmul*.csv", "matmul_dx": "matmul*_dx*.csv", "lora": "matmul*lora*.csv"}.items():
     for _dtype in ("float16", "bfloat16"):
         DRAWN[f"throughput-{_op}-{_dtype}.png"] = Drawn(
             _pattern,

@@ -28,11 +28,11 @@ from .checkpoint import ModelSize, build_checkpoint
 from .command import model_size
 from .compare import AGAIN, OURS
 from .jobs import Case, Job
-from .operations import stored_bytes
 from .processes import Outcome, Workers
 from .providers import DTYPES, MAX_LENGTH, PROVIDERS, lora_targets
 from .report import UNMEASURED, Row
 from .timing import Call, percentiles
+from .weights import stored_bytes
 
 MODEL_OPS = ("load", "train_step", "generate")
 LAYERS = 4

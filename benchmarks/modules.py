@@ -10,7 +10,7 @@ import torch
 import qlora
 
 from .operations import Measured, Provider
-from .products import gate, packed_layer, product
+from .products import RIVAL, gate, packed_layer, product
 from .timing import Call
 
 
@@ -36,9 +36,9 @@ def _layers(weight: torch.Tensor, x: torch.Tensor) -> Measured:
     ours = of(lambda w: packed_layer(qlora.Linear4bit, w))
     theirs = of(lambda w: packed_layer(bitsandbytes.nn.Linear4bit, w))
     with torch.no_grad():
-        gate("y", weight, x, ours(weight)(), theirs(weight)())
-    providers = {"qkernels": ours, "bitsandbytes": theirs, "torch": of(_float_layer)}
-    return product(weight, x.shape[0], providers)
+        wrong = gate("y", weight, x, ours, theirs)
+    providers = {"qkernels": ours, RIVAL: theirs, "torch": of(_float_layer)}
+    return product(weight, x.shape[0], providers, wrong)
 
 
 def _float_layer(weight: torch.Tensor) -> torch.nn.Module:

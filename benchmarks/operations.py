@@ -15,16 +15,10 @@ import torch
 import qkernels
 
 from .timing import Call
+from .weights import BLOCKSIZE, FORMAT, format_of, stored_bytes
 
 Provider = Callable[[torch.Tensor], Call]
 
-# (rows, columns) of the weights of one block, and Llama's output layer.
-SHAPES = {
-    "bloom-7b1": ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)),
-    "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096)),
-}
-OUTPUT_LAYER = SHAPES["llama-2-7b"][-1]  # stays in 16 bits in every 4-bit model: no products with it
-FORMAT = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}
 BLOCKWISE = 256  # of the 8-bit codes: what double quantization uses for the scales
 
 
@@ -49,21 +43,18 @@ class Measured:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-def stored_bytes(n: int) -> float:
-    """Codes, 8-bit scales and the scales of the scales of `n` weights."""
-    return n * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-
-
 def blockwise_bytes(n: int) -> float:
     """8-bit codes and float32 scales of `n` weights."""
     return n * (1 + 4 / BLOCKWISE)
 
 
-def on_packed(quantize_4bit: Callable[..., Any], use: Callable[[Any, Any], object]) -> Provider:
+def on_packed(
+    quantize_4bit: Callable[..., Any], use: Callable[[Any, Any], object], blocksize: int = BLOCKSIZE
+) -> Provider:
     """A provider that `use`s the codes and the state that its own quantizer makes of each weight."""
 
     def make(weight: torch.Tensor) -> Call:
-        packed, state = quantize_4bit(weight, **FORMAT)
+        packed, state = quantize_4bit(weight, **format_of(blocksize))
         return lambda: use(packed, state)
 
     return make

@@ -15,6 +15,7 @@ from itertools import groupby
 from qkernels.dispatch import SKINNY, WGMMA, Product
 
 from .choice import Name, choose, record_of, record_parser, times
+from .compare import weight_of
 from .report import Row, read_csv
 
 Points = dict[Product, dict[Name, float]]
@@ -34,17 +35,22 @@ def lines(rows: Iterable[Row], choose: Callable[[Product], Name] = choose) -> li
 
 def _ranges(points: Points) -> list[str]:
     found = []
-    weights = sorted({(one.backward, one.N, one.K, str(one.dtype)) for one in points})
-    for backward, N, K, dtype in weights:
-        those = [one for one in points if (one.backward, one.N, one.K, str(one.dtype)) == (backward, N, K, dtype)]
+    weights = sorted({_weight(one) for one in points})
+    for backward, N, K, blocksize, dtype in weights:
+        those = [one for one in points if _weight(one) == (backward, N, K, blocksize, dtype)]
         fastest = [(one.M, min(points[one], key=lambda name: points[one][name])[0]) for one in sorted(those)]
         parts = []
         for name, group in groupby(fastest, key=lambda pair: pair[1]):
             ms = [m for m, _ in group]
             parts.append(f"{name} {ms[0]}" + (f" to {ms[-1]}" if len(ms) > 1 else ""))
         op = "matmul_dx" if backward else "matmul"
-        found.append(f"  {op} {N}x{K} {dtype.removeprefix('torch.')}: {', '.join(parts)}")
+        size = weight_of({"rows": N, "columns": K, "blocksize": blocksize})
+        found.append(f"  {op} {size} {dtype.removeprefix('torch.')}: {', '.join(parts)}")
     return found
+
+
+def _weight(product: Product) -> tuple[bool, int, int, int, str]:
+    return product.backward, product.N, product.K, product.blocksize, str(product.dtype)
 
 
 def _better(

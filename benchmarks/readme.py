@@ -33,6 +33,8 @@ from .readme_tables import (
     lora,
     matmul,
     models,
+    not_run,
+    ragged,
     rivals,
     training,
 )
@@ -49,6 +51,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
     "llama": (("llama-*.jsonl",), "python -m benchmarks.bloom7b1 --model llama-2-7b --layers 8", training),
     "kernels": (("dequantize-quantize-*.csv",), "python -m benchmarks.run --op dequantize --op quantize", kernels),
     "matmul": (("matmul*.csv",), "python -m benchmarks.run --op matmul", matmul),
+    "ragged": (("ragged-matmul*.csv",), "python -m benchmarks.run --shapes ragged", ragged),
     "lora": (("matmul*lora*.csv",), "python -m benchmarks.run --op lora", lora),
     "rivals": (("rivals-*.csv",), "python -m benchmarks.run --all-rivals", rivals),
     "exercise": (("nf4-exercise-*.csv",), "python -m benchmarks.nf4_exercise", exercise),
@@ -67,10 +70,13 @@ TABLES: dict[str, tuple[tuple[str, ...], str | None, Callable[..., Table]]] = {
     "errors": (("error-weights-*.csv", "error-model-*.csv"), "python -m benchmarks.quant_error", usual),
 }
 
+# Tables with a dash where somebody could not run: why, they say below.
+WITH_REASONS = ("models", "ragged")
 # What a table says before it, where there is a record.
 INTRODUCTIONS = {
     "choice": "![What each implementation takes beside the chosen one, and what a choice loses](figures/choice.png)\n\n"
     "Geometric means over the weights; an implementation's time is that of its fastest configuration:",
+    "ragged": "Weights whose rows are not whole blocks of 64, and blocks of 32:",
     "rivals": "Beside further rivals. INT4 is another format; a dash stands where one cannot run:",
     "learning": "**Learning**: held-out loss of a small model with LoRA, on NF4 as on 16 bits:",
 }
@@ -96,13 +102,16 @@ def _table(name: str, results: Path, to_results: str) -> str:
         return ""
     head, body = make(*(rows for _, rows in records))
     links = ", ".join(f"[{path.name}]({to_results}/{path.name})" for path, _ in records)
-    first = records[0][1][0]
+    first_rows = records[0][1]
+    first = first_rows[0]
     where = first["gpu"] or f"{first['processor']} (CPU)"
     source = f"From {links}"
     if command is not None:
         command = first.get("command") or command
         source += f": `{command}` at commit {first['commit'][:9]} on {where}, {first['date'][:10]}"
         source += "".join(map(_noise, (rows for _, rows in records)))
+    reasons = not_run(first_rows) if name in WITH_REASONS else ""
+    source += f". Not run: {reasons}" if reasons else ""
     introduction = f"\n{INTRODUCTIONS[name]}\n" if name in INTRODUCTIONS else ""
     return f"{introduction}\n{markdown_table(head, body)}\n\n{source}.\n\n"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
 
 from .choice import Point, points
-from .compare import AGAIN
+from .compare import AGAIN, weight_of
 from .learning_curves import curves_of
 from .learning_runs import PLAIN
 from .report import GENERATE, Row
@@ -17,6 +17,7 @@ from .report import GENERATE, Row
 Table = tuple[Sequence[str], list[Sequence[str]]]
 
 OURS, THEIRS = "qkernels", "bitsandbytes"
+_PRODUCTS = {"matmul": "y", "matmul_dx": "dX"}
 SHOWN_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
@@ -101,6 +102,41 @@ def matmul(rows: list[Row]) -> Table:
         speed = f"{times[THEIRS] / times[OURS]:.2f}x" if {OURS, THEIRS} <= times.keys() else ""
         body.append((str(m), *(f"{times[one]:.1f}" if one in times else "" for one in shown), speed))
     return (f"M; {shape[0]} x {shape[1]}, {rows[0]['dtype']}; µs", *shown, f"over {THEIRS}"), body
+
+
+def ragged(rows: list[Row]) -> Table:
+    """Weights whose rows are not whole blocks of 64: a line for each weight and product, a column for each M."""
+    method = "graph" if any(row["method"] == "graph" for row in rows) else "wall"
+    found = [
+        row
+        for row in rows
+        if (row["method"], row["dtype"], row["status"]) == (method, rows[0]["dtype"], "ok") and row["op"] in _PRODUCTS
+    ]
+    times = {(row["op"], weight_of(row), row["m"], row["provider"]): row["median_us"] for row in found}
+    ms = sorted({row["m"] for row in found})
+    body = []
+    for op, weight in dict.fromkeys((row["op"], weight_of(row)) for row in found):
+        cells = []
+        for m in ms:
+            ours, *others = (times.get((op, weight, m, one)) for one in (OURS, THEIRS, "torch"))
+            faster = ("-" if other is None else f"{other / ours:.2f}x" for other in others)
+            cells.append("" if ours is None else f"{ours:.1f} ({', '.join(faster)})")
+        shape, _, blocksize = weight.partition("/")
+        name = shape.replace("x", " x ") + (f", blocks of {blocksize}" if blocksize else "")
+        body.append((f"{_PRODUCTS[op]}, {name}", *cells))
+    return (f"{rows[0]['dtype']}; µs (over {THEIRS}, over 16-bit cuBLAS)", *(f"M = {m}" for m in ms)), body
+
+
+def not_run(rows: list[Row]) -> str:
+    """Who could not run, and why; empty where all could."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            found.setdefault((row["provider"], row["dtype"], row["reason"]), []).append(row["op"])
+    return "; ".join(
+        f"{provider}, {dtype}, {' and '.join(dict.fromkeys(ops))}: {reason}"
+        for (provider, dtype, reason), ops in found.items()
+    )
 
 
 def lora(rows: list[Row]) -> Table:

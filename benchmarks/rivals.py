@@ -19,11 +19,11 @@ from triton.errors import TritonError
 import qkernels
 
 from . import int4
-from .operations import FORMAT, Measured, Provider, compile_afresh
+from .operations import Measured, Provider, compile_afresh
+from .products import CLOSE
 from .timing import Call
+from .weights import FORMAT
 
-# A product in 16 bits is off by this order; one with another weight by far more.
-CLOSE = 0.02
 # How much less exact than ours another 4-bit weight may be, as RMS error: a wrong code table is off by far more.
 LESS_EXACT = 1.1
 BLOCKSIZE, SCALES_BLOCKSIZE = 64, 256

@@ -3,6 +3,7 @@
     python -m benchmarks.run --op dequantize --op quantize --gpu-record
     python -m benchmarks.run --op matmul --op matmul_dx --op lora --gpu-record
     python -m benchmarks.run --op train_step --op generate --op load --gpu-record
+    python -m benchmarks.run --op matmul --op matmul_dx --shapes ragged --dtype float16 bfloat16 --gpu-record
     python -m benchmarks.run --op matmul --all-rivals --shape 4096x4096 --m 1 --m 256 --out /tmp/rivals
     python -m benchmarks.run --op dequantize --smoke --out /tmp/trial        # small, also on a CPU
 
@@ -22,21 +23,34 @@ import torch
 import qkernels
 
 from .checkpoint import MODELS
-from .command import add_rows_flag, add_shape_flag, add_trial_flag, measure_to_csv, parser_of, positive
-from .compare import AGAIN, OURS, RESULTS, noise
+from .command import (
+    add_rows_flag,
+    add_shape_flags,
+    add_trial_flag,
+    measure_to_csv,
+    parser_of,
+    positive,
+    record_name,
+    rows_of,
+    sizes_of,
+)
+from .compare import AGAIN, OURS, RESULTS, noise, weight_of
 from .gauges import Clock, peak_mib
 from .models import LAYERS, MODEL_OPS, asked_of, model_rows
 from .modules import MODULES
-from .operations import FORMAT, OPERATIONS, OUTPUT_LAYER, SHAPES, Measured, copy, peak
+from .operations import OPERATIONS, Measured, copy, peak
 from .precompile import compile_ahead
-from .products import PRODUCTS
+from .products import OF_ANY_BLOCKS, PRODUCTS
 from .providers import add_stacks_flag
 from .report import UNMEASURED, Row
 from .rivals import TORCHAO, WITH_RIVALS, with_rivals
 from .timing import Call, Timing, flushed, graph, host, wall
+from .weights import BLOCKSIZE, OUTPUT_LAYER, Size, format_of
 
-# Weights in a rotation: together several times the 50 MB of an H100's L2 cache at every shape.
-ROTATION = 8
+# Weights in a rotation: in 4 bits they together exceed the 50 MB of an H100's L2 cache, of so many elements and more;
+# of smaller weights more are in it.
+ROTATION, _MOST_ROTATION = 8, 64
+_ELEMENTS = 4096 * 4096
 # Rows of activations: from one token to a batch of sequences; of a training step; of generating one token.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _ROWS_OF = {"lora": (32, 128, 512, 2048), **dict.fromkeys(MODULES, (1,))}
@@ -55,13 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("one of --out and --gpu-record is required")
     try:
         asked_of(options)
+        sizes = sizes_of(options)
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    if any(size.blocksize != BLOCKSIZE for size in sizes) and (
+        options.all_rivals or not set(options.op) <= set(OF_ANY_BLOCKS)
+    ):
+        parser.error(f"other blocks than of {BLOCKSIZE} are for {' and '.join(OF_ANY_BLOCKS)}, without --all-rivals")
     options.out = options.out or RESULTS
     # A stack may fail in one of them.
     options.dtype = options.dtype or ["float16", *(["bfloat16"] if set(options.op) <= set(MODEL_OPS) else [])]
     name = "-".join(["rivals", *options.op] if options.all_rivals else options.op)
-    return measure_to_csv(options, name, lambda device: _rows(options, device), _line, _noise)
+    return measure_to_csv(options, record_name(options, name), lambda device: _rows(options, device), _line, _noise)
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
@@ -87,55 +106,55 @@ def _model_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
 
 def _kernel_rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
     """Of whole models alone the copy and the matrix peak."""
-    shapes = shapes_of(options)
+    sizes = sizes_of(options)
     if set(options.op) <= set(MODEL_OPS):
-        shapes = dict(list(shapes.items())[:1])
+        sizes = dict(list(sizes.items())[:1])
     elif device == "cuda":
         rows = {m for op in options.op if op in _WITH_ROWS for m in _rows_of(op, options)}
-        compile_ahead(lambda: launch_products(shapes, options.dtype, rows))
+        compile_ahead(lambda: launch_products(sizes, options.dtype, rows))
     with Clock() as clock:
-        for number, (shape, model) in enumerate(shapes.items()):
+        for number, (size, model) in enumerate(sizes.items()):
             for dtype in options.dtype:
                 weights = [
-                    0.02 * torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(ROTATION)
+                    0.02 * torch.randn(size.shape, device=device, dtype=getattr(torch, dtype))
+                    for _ in range(rotation_of(size, device))
                 ]
-                base = {"model": model, "rows": shape[0], "columns": shape[1], "dtype": dtype}
-                for op, measured in _cases(options, weights[0], first=number == 0):
-                    for row in _measure(op, measured, weights, twice=number == 0, clock=clock):
+                base = {"model": model, **size.columns, "dtype": dtype}
+                for op, measured in _cases(options, weights[0], size.blocksize, first=number == 0):
+                    for row in _measure(op, measured, weights, size.blocksize, twice=number == 0, clock=clock):
                         yield {**base, **row}
+
+
+def rotation_of(size: Size, device: str) -> int:
+    """How many weights of this size are in a rotation."""
+    if device == "cpu":
+        return ROTATION
+    rows, columns = size.shape
+    return min(_MOST_ROTATION, ROTATION * max(1, -(-_ELEMENTS // (rows * columns))))
 
 
 def _share(rate: float | None, highest: float | None) -> float | None:
     return 100 * rate / highest if rate and highest else None
 
 
-def shapes_of(options: argparse.Namespace) -> dict[tuple[int, int], str]:
-    """Shape -> the first model that has such a weight."""
-    if options.smoke:
-        return {(64, 128): "trial"}
-    known: dict[tuple[int, int], str] = {}
-    for model, shapes in SHAPES.items():
-        for shape in shapes:
-            known.setdefault(shape, model)
-    return {shape: known.get(shape, "given") for shape in options.shape} if options.shape else known
-
-
 def _rows_of(op: str, options: argparse.Namespace) -> Sequence[int]:
-    return options.m or ((1, 16) if options.smoke else _ROWS_OF.get(op, ROWS))
+    return rows_of(options, _ROWS_OF.get(op, ROWS))
 
 
-def launch_products(shapes: Iterable[tuple[int, int]], dtypes: Iterable[str], rows: Iterable[int]) -> None:
+def launch_products(sizes: Iterable[Size], dtypes: Iterable[str], rows: Iterable[int]) -> None:
     """Every kernel of the products of these weights with so many rows once, for `compile_ahead`."""
-    for shape, name in product(shapes, dtypes):
+    for (shape, blocksize), name in product(sizes, dtypes):
         weight = torch.zeros(shape, device="cuda", dtype=getattr(torch, name))
-        packed, state = qkernels.quantize_4bit(weight, **FORMAT)
+        packed, state = qkernels.quantize_4bit(weight, **format_of(blocksize))
         qkernels.dequantize_4bit(packed, state)
         for m in rows if shape != OUTPUT_LAYER else ():
             qkernels.matmul_4bit(weight.new_empty(m, shape[1]), packed, state)
             qkernels.matmul_4bit_dx(weight.new_empty(m, shape[0]), packed, state)
 
 
-def _cases(options: argparse.Namespace, weight: torch.Tensor, first: bool) -> Iterator[tuple[str, Measured]]:
+def _cases(
+    options: argparse.Namespace, weight: torch.Tensor, blocksize: int, first: bool
+) -> Iterator[tuple[str, Measured]]:
     """The copy, the matrix peak once a dtype, and what is asked for."""
     yield "copy", copy(weight)
     if first and set(options.op) & {*_WITH_ROWS, *MODEL_OPS}:
@@ -147,11 +166,14 @@ def _cases(options: argparse.Namespace, weight: torch.Tensor, first: bool) -> It
             yield op, with_rivals(op, measured, weight) if rivals else measured
         elif tuple(weight.shape) != OUTPUT_LAYER:
             for m in _rows_of(op, options):
-                measured = _WITH_ROWS[op](weight, m)
+                blocks = {"blocksize": blocksize} if op in OF_ANY_BLOCKS else {}
+                measured = _WITH_ROWS[op](weight, m, **blocks)
                 yield op, with_rivals(op, measured, weight) if rivals else measured
 
 
-def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bool, clock: Clock) -> Iterator[Row]:
+def _measure(
+    op: str, measured: Measured, weights: list[torch.Tensor], blocksize: int, twice: bool, clock: Clock
+) -> Iterator[Row]:
     sizes = {"bytes": measured.bytes, "flops": measured.flops}
     for provider, reason in measured.missing.items():
         row = {"op": op, "m": measured.m, "provider": provider, "method": None, "status": "not run", "reason": reason}
@@ -160,7 +182,7 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
     fixed = {
         provider: {
             "peak_mib": peak_mib(those[0], weights[0].device),
-            "implementation": _implementation(op, provider, measured.m, weights[0]),
+            "implementation": _implementation(op, provider, measured.m, weights[0], blocksize),
         }
         for provider, those in calls.items()
     }
@@ -184,13 +206,14 @@ def _measure(op: str, measured: Measured, weights: list[torch.Tensor], twice: bo
             yield {**row, "status": "ok", "reason": None, **asdict(timing), **rates, **rest, **sizes}
 
 
-def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor) -> str | None:
+def _implementation(op: str, provider: str, m: int | None, weight: torch.Tensor, blocksize: int) -> str | None:
     """Which of our kernels computes a product; None for what is no single product of ours."""
     if op not in ("matmul", "matmul_dx", "linear4bit") or provider not in OURS:
         return None
     assert m is not None
     rows, columns = weight.shape
-    return qkernels.explain(m, rows, columns, weight.dtype, weight.device, backward=op == "matmul_dx").implementation
+    how = {"blocksize": blocksize, "backward": op == "matmul_dx"}
+    return qkernels.explain(m, rows, columns, weight.dtype, weight.device, **how).implementation
 
 
 def _methods(op: str, weight: torch.Tensor) -> tuple[str, ...]:
@@ -226,8 +249,7 @@ def _noise(rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    what = f"{row['rows']}x{row['columns']}" if row["rows"] else row["model"]
-    shape = f"{what} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
+    shape = f"{weight_of(row)} {row['dtype']}" + (f" M={row['m']}" if row["m"] else "")
     result = row["reason"]
     if row["status"] == "ok":
         result = (
@@ -263,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float16", "bfloat16", "float32"),
         help="default: float16; of whole models alone bfloat16 too",
     )
-    add_shape_flag(parser)
+    add_shape_flags(parser)
     parser.add_argument(
         "--all-rivals",
         action="store_true",

@@ -21,12 +21,13 @@ from benchmarks.command import model_size
 from benchmarks.gauges import empty
 from benchmarks.models import LAYERS, MODEL_OPS, TRIAL, Asked, batch_of, call_of, job_of, prepare
 from benchmarks.modules import MODULES
-from benchmarks.operations import OPERATIONS, SHAPES, Measured
+from benchmarks.operations import OPERATIONS, Measured
 from benchmarks.precompile import compile_ahead
 from benchmarks.products import PRODUCTS
 from benchmarks.providers import DTYPES, PROVIDERS
 from benchmarks.rivals import WITH_RIVALS, with_rivals
 from benchmarks.run import launch_products
+from benchmarks.weights import SHAPES, Size
 from qlora.precision import choose_precision
 
 ON_GPU = torch.cuda.is_available()
@@ -49,7 +50,7 @@ def _measured(op: str, m: int | None) -> tuple[Measured, torch.Tensor]:
 
 def _cases() -> Iterator[object]:
     if ON_GPU:
-        compile_ahead(lambda: launch_products([SHAPE], ["float16"], ROWS))
+        compile_ahead(lambda: launch_products([Size(SHAPE)], ["float16"], ROWS))
     for op, m in CASES:
         measured, _ = _measured(op, m)
         for provider in (*measured.providers, *measured.missing):

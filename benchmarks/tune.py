@@ -31,13 +31,25 @@ from qkernels.dispatch import Product
 
 from . import choice, proposal
 from .candidates import Candidate, call_of, candidates, chosen
-from .command import add_rows_flag, add_shape_flag, add_trial_flag, measure_to_csv, parser_of
-from .operations import FORMAT, OUTPUT_LAYER, GateError
+from .command import (
+    add_rows_flag,
+    add_shape_flags,
+    add_trial_flag,
+    measure_to_csv,
+    parsed,
+    parser_of,
+    record_name,
+    rows_of,
+    sizes_of,
+)
+from .compare import weight_of
+from .operations import GateError
 from .precompile import compile_ahead
 from .products import exact_weight
 from .report import Row
-from .run import ROTATION, ROWS, shapes_of
+from .run import ROWS, rotation_of
 from .timing import Look, clock, in_turns, percentiles, rotation
+from .weights import OUTPUT_LAYER, Size, format_of
 
 OPS = ("matmul", "matmul_dx")
 # Replays in the short look at every candidate; microseconds of the long one, where these are not a few replays only.
@@ -49,8 +61,10 @@ Packed = tuple[Tensor, qkernels.QuantState]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line a candidate and what follows for the tables, write a CSV; 0, or 2 on wrong arguments."""
-    options = _parser().parse_args(arguments)
-    return measure_to_csv(options, "tune", lambda device: _rows(options, device), _line, _findings)
+    options = parsed(_parser(), arguments)
+    return measure_to_csv(
+        options, record_name(options, "tune"), lambda device: _rows(options, device), _line, _findings
+    )
 
 
 def _findings(rows: list[Row]) -> str:
@@ -58,21 +72,21 @@ def _findings(rows: list[Row]) -> str:
 
 
 def _rows(options: argparse.Namespace, device: str) -> Iterator[Row]:
-    rows = sorted(options.m or ((1, 16) if options.smoke else ROWS))
-    cases = list(product((shape for shape in shapes_of(options) if shape != OUTPUT_LAYER), options.dtype))
+    rows = sorted(rows_of(options, ROWS))
+    cases = list(product((size for size in sizes_of(options) if size.shape != OUTPUT_LAYER), options.dtype))
     if device == "cuda":
         compile_ahead(lambda: _launch_candidates(options.op, cases, rows))
     begin = time.perf_counter()
-    for shape, dtype in cases:
-        weights = _weights(shape, dtype, device, ROTATION if device == "cuda" else 1)
+    for size, dtype in cases:
+        weights = _weights(size, dtype, device, rotation_of(size, device) if device == "cuda" else 1)
         for op in options.op:
-            inputs, truth, own = _inputs(op, shape, dtype, device, weights[0], rows[-1])
+            inputs, truth, own = _inputs(op, size.shape, dtype, device, weights[0], rows[-1])
             for m in rows:
                 if options.seconds is not None and time.perf_counter() - begin > options.seconds:
                     print(f"{options.seconds:.0f} s are over: the rest is not measured", flush=True)
                     return
-                asked = _asked(op, shape, dtype, m, device)
-                base = {"op": op, "rows": shape[0], "columns": shape[1], "dtype": dtype, "m": m}
+                asked = _asked(op, size, dtype, m, device)
+                base = {"op": op, **size.columns, "dtype": dtype, "m": m}
                 point = list(_point(asked, inputs[:m], weights, truth[:m], own[:m]))  # whole, or not in the record
                 yield from ({**base, **row} for row in point)
 
@@ -155,31 +169,29 @@ def _inputs(
     return x, x.double() @ exact, x @ decoded
 
 
-def _weights(shape: tuple[int, int], dtype: str, device: str, count: int) -> list[Packed]:
-    return [
-        qkernels.quantize_4bit(0.02 * torch.randn(shape, device=device, dtype=getattr(torch, dtype)), **FORMAT)
-        for _ in range(count)
-    ]
+def _weights(size: Size, dtype: str, device: str, count: int) -> list[Packed]:
+    drawn = (torch.randn(size.shape, device=device, dtype=getattr(torch, dtype)) for _ in range(count))
+    return [qkernels.quantize_4bit(0.02 * weight, **format_of(size.blocksize)) for weight in drawn]
 
 
-def _asked(op: str, shape: tuple[int, int], dtype: str, m: int, device: str) -> Product:
+def _asked(op: str, size: Size, dtype: str, m: int, device: str) -> Product:
     # On a CPU, for a trial, what is chosen for no GPU: dequantizing.
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-    return Product(m, *shape, getattr(torch, dtype), capability, backward=op == "matmul_dx")
+    return Product(m, *size.shape, getattr(torch, dtype), capability, size.blocksize, backward=op == "matmul_dx")
 
 
-def _launch_candidates(ops: Iterable[str], cases: list[tuple[tuple[int, int], str]], rows: Sequence[int]) -> None:
-    for shape, dtype in cases:
-        (weight,) = _weights(shape, dtype, "cuda", 1)
+def _launch_candidates(ops: Iterable[str], cases: list[tuple[Size, str]], rows: Sequence[int]) -> None:
+    for size, dtype in cases:
+        (weight,) = _weights(size, dtype, "cuda", 1)
         for op, m in product(ops, rows):
-            asked = _asked(op, shape, dtype, m, "cuda")
-            x = torch.empty(m, shape[0 if asked.backward else 1], device="cuda", dtype=asked.dtype)
+            asked = _asked(op, size, dtype, m, "cuda")
+            x = torch.empty(m, size.shape[0 if asked.backward else 1], device="cuda", dtype=asked.dtype)
             for candidate in candidates(asked):
                 call_of(candidate, asked, x, *weight, None)()
 
 
 def _line(row: Row) -> str:
-    what = f"{row['op']:10} {row['rows']}x{row['columns']} {row['dtype']} M={row['m']}"
+    what = f"{row['op']:10} {weight_of(row)} {row['dtype']} M={row['m']}"
     mark = {1: "", 2: "again"}[row["round"]] + (" chosen" if row["chosen"] else "")
     return f"{what:45} {row['median_us']:8.1f} us  {mark:13} {row['implementation']} {row['configuration']}"
 
@@ -188,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("tune", __doc__)
     add_trial_flag(parser)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
-    add_shape_flag(parser)
+    add_shape_flags(parser)
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16"])
     add_rows_flag(parser, "1 to 4096")
     parser.add_argument("--seconds", type=float, help="begin no further point after so long, compiling not counted")

@@ -14,6 +14,7 @@ from benchmarks import accuracy
 from benchmarks.compare import RESULTS
 from benchmarks.products import exact_weight
 from benchmarks.report import read_csv
+from benchmarks.weights import FORMAT, Size
 
 
 def _ours(**changed):
@@ -32,6 +33,16 @@ def test_a_trial_compares_every_point_and_passes(tmp_path, capsys):
     edge = [row for row in rows if row["scales"] == accuracy.EDGE and row["m"] == 16]
     assert all(row["overflows"] > 0 and row["wrong_overflows"] == 0 for row in edge)
     assert accuracy.problems(rows) == []
+
+
+def test_ragged_weights_are_compared_with_who_computes_the_same(tmp_path, capsys):
+    assert accuracy.main(["--smoke", "--shapes", "ragged", "--dtype", "float16", "--out", str(tmp_path)]) == 0
+    assert "24 points, no error too large" in capsys.readouterr().out
+    (path,) = tmp_path.glob("ragged-accuracy-*.csv")
+    ours = [row for row in read_csv(path) if row["provider"] == accuracy.OURS]
+    assert {row["columns"] for row in ours if row["rms_to_bitsandbytes"] is None} == {80}
+    assert {(row["columns"], row["blocksize"]) for row in ours if row["rms_to_bitsandbytes"]} == {(128, 32)}
+    assert all(row["rms_to_torch"] for row in ours)
 
 
 def test_a_product_with_a_larger_error_turns_it_red(tmp_path, monkeypatch, capsys):
@@ -78,14 +89,14 @@ def test_overflows_are_told_from_errors():
 
 
 def test_neighbouring_blocks_are_a_thousandfold_apart():
-    weight = accuracy._weight((8, 256), accuracy.APART, "cpu", torch.float32)
+    weight = accuracy._weight(Size((8, 256)), accuracy.APART, "cpu", torch.float32)
     absmax = weight.view(-1, 64).abs().amax(dim=1)
     ratio = (absmax[1::2] / absmax[::2]).log2()
     assert ratio.mean().item() == pytest.approx(10, abs=0.3)
 
 
 def test_the_exact_weight_is_code_times_scale():
-    packed, state = qkernels.quantize_4bit(torch.randn(16, 128), **accuracy.FORMAT)
+    packed, state = qkernels.quantize_4bit(torch.randn(16, 128), **FORMAT)
     exact = exact_weight(packed, state)
     assert exact.dtype == torch.float64
     assert torch.equal(exact.float(), qkernels.dequantize_4bit(packed, state))

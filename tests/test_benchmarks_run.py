@@ -16,6 +16,7 @@ import qlora
 from benchmarks import compare, models, operations, products, report, run
 from benchmarks.processes import Outcome
 from benchmarks.report import read_csv
+from benchmarks.weights import LISTS, Size, stored_bytes
 from qkernels import dispatch
 
 
@@ -108,9 +109,9 @@ def test_whole_models_are_tried_too(tmp_path, capsys):
     attention = 3 * 2 * 16 * 16 * 64 * 2
     step = next(row for row in rows if row["m"] == 16)
     assert step["flops"] == 16 * (4 * quantized + 6 * trainable + 4 * head) + attention
-    assert step["bytes"] == 2 * (int(operations.stored_bytes(quantized)) + 4 * head) + 32 * trainable
+    assert step["bytes"] == 2 * (int(stored_bytes(quantized)) + 4 * head) + 32 * trainable
     cached = sum(range(33, 36))  # 32 tokens given, 4 to be found: three are looked at one by one
-    expected = 4 * (int(operations.stored_bytes(quantized)) + 4 * head) + 2 * 4 * cached * 64 * 2
+    expected = 4 * (int(stored_bytes(quantized)) + 4 * head) + 2 * 4 * cached * 64 * 2
     assert next(row for row in rows if row["op"] == "generate")["bytes"] == expected
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("noise, "))
     assert all(f"{op} (wall) " in line for op in models.MODEL_OPS), line
@@ -151,11 +152,69 @@ def test_blockwise_8_bit_is_tried_and_a_wrong_one_is_not_timed(monkeypatch, tmp_
 
 def test_other_shapes_may_be_given(monkeypatch):
     parse = run._parser().parse_args
-    assert run.shapes_of(parse(["--op", "quantize", "--shape", "4096x4096", "--shape", "8x64"])) == {
-        (4096, 4096): "bloom-7b1",
-        (8, 64): "given",
-    }
-    assert (32000, 4096) in run.shapes_of(parse(["--op", "quantize"]))
+    given = ["--op", "matmul", "--out", "x", "--shape", "4096x4096", "--shape", "8x64"]
+    for blocksize in (64, 32):
+        assert run.sizes_of(parse([*given, "--blocksize", str(blocksize)])) == {
+            Size((4096, 4096), blocksize): "bloom-7b1",
+            Size((8, 64), blocksize): "given",
+        }
+    assert Size((32000, 4096)) in run.sizes_of(parse(["--op", "quantize"]))
+    ragged = run.sizes_of(parse(["--op", "matmul", "--shapes", "ragged"]))
+    assert all(size.shape[1] % 64 or size.blocksize < 64 for size in ragged)
+    assert ragged[Size((1152, 4304))] == "siglip-so400m"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--op", "matmul", "--op", "lora", "--shapes", "ragged"], "other blocks than of 64 are for"),
+        (["--op", "quantize", "--blocksize", "32"], "other blocks than of 64 are for"),
+        (["--op", "matmul", "--all-rivals", "--blocksize", "128"], "other blocks than of 64 are for"),
+        (["--op", "matmul", "--shapes", "ragged", "--blocksize", "32"], "has blocks of its own"),
+        (["--op", "matmul", "--shapes", "ragged", "--shape", "8x64"], "not allowed with"),
+    ],
+)
+def test_blocks_that_do_not_go_together_are_told(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        run.main([*flags, "--smoke", "--out", "x"])
+    assert said in capsys.readouterr().err
+
+
+def test_ragged_weights_are_in_a_record_of_their_own(tmp_path, capsys):
+    """bitsandbytes' CPU path reads other scales where rows are not whole blocks: it is listed with this reason."""
+    flags = ["--op", "matmul", "--op", "matmul_dx", "--shapes", "ragged", "--smoke", "--out", str(tmp_path)]
+    assert run.main(flags) == 0
+    (path,) = tmp_path.glob("ragged-matmul-matmul_dx-*.csv")
+    rows = [row for row in read_csv(path) if row["op"] in ("matmul", "matmul_dx")]
+    assert {(row["rows"], row["columns"], row["blocksize"]) for row in rows} == {(64, 80, 64), (64, 128, 32)}
+    sizes = {row["bytes"] for row in rows if (row["op"], row["blocksize"], row["m"]) == ("matmul", 32, 16)}
+    assert sizes == {int(8192 * (1 / 2 + 1 / 32 + 4 / 8192)) + 16 * (64 + 128) * 2}
+    refused = {(row["op"], row["columns"], row["reason"]) for row in rows if row["status"] != "ok"}
+    assert all(columns == 80 and "from what its weight gives" in reason for _, columns, reason in refused), refused
+    cases = {case[:2] for case in compare.ratios(read_csv(path))}
+    assert {("matmul", "64x80"), ("matmul_dx", "64x128/32")} <= cases
+    assert "64x128/32 float16 M=16" in capsys.readouterr().out
+
+
+def test_a_rival_that_refuses_a_weight_is_listed_with_its_reason(monkeypatch):
+    def refuses(*arguments, **options):
+        raise ValueError("invalid blocksize\nand more")
+
+    monkeypatch.setattr(products.bnb, "quantize_4bit", refuses)
+    measured = products.matmul(torch.randn(64, 128), 3, blocksize=32)
+    assert measured.missing == {"bitsandbytes": "ValueError: invalid blocksize"}
+    assert measured.providers.keys() == {"qkernels", "qkernels, dequantize + cuBLAS", "torch"}
+    monkeypatch.setattr(qkernels, "matmul_4bit", lambda x, packed, state: x.new_ones(3, 64))
+    with pytest.raises(operations.GateError, match="error of y"):  # ours is held against torch's product alone
+        products.matmul(torch.randn(64, 128), 3, blocksize=32)
+
+
+def test_a_rotation_does_not_fit_into_the_cache():
+    for sizes in LISTS.values():
+        for shape, blocksize in (size for those in sizes.values() for size in those):
+            count = run.rotation_of(Size(shape, blocksize), "cuda")
+            assert count * stored_bytes(shape[0] * shape[1], blocksize) > 64e6
+            assert count == 8 or shape[0] * shape[1] < 4096 * 4096
 
 
 def test_a_command_is_told_without_places_of_the_machine():

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
 from benchmarks import candidates, choice, choice_figure, proposal, readme_tables, tune
-from benchmarks.operations import SHAPES
 from benchmarks.report import read_csv, write_csv
+from benchmarks.weights import SHAPES
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
 from qkernels.tuning import skinny, skinny_dx, wgmma
 

@@ -11,8 +11,8 @@ pytest.importorskip("bitsandbytes", reason="the rival, part of the [bench] extra
 
 import qkernels
 from benchmarks import compare, int4, operations, plotting, readme, rivals, run, throughput_figures
-from benchmarks.operations import FORMAT
 from benchmarks.report import read_csv, write_csv
+from benchmarks.weights import FORMAT
 
 
 def rows_of(ours: float, theirs: float, again: float = 1.0, gpu: str = "GPU") -> list[dict]:

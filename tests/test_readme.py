@@ -184,7 +184,14 @@ def test_a_table_names_the_command_of_its_record(tmp_path):
 
 
 def test_the_tables_of_whole_models_and_of_the_hosts_part(tmp_path):
-    base = {"commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01", "model": "small", "dtype": "float16"}
+    base = {
+        "commit": "c" * 40,
+        "gpu": "GPU",
+        "date": "2026-01-01",
+        "model": "small",
+        "dtype": "float16",
+        "reason": None,
+    }
     models = [
         base | {"op": op, "m": m, "provider": name, "status": status, "median_us": us, "peak_mib": 2048.0}
         for op, m, name, status, us in (
@@ -195,11 +202,15 @@ def test_the_tables_of_whole_models_and_of_the_hosts_part(tmp_path):
             ("generate", 1, "bitsandbytes", "not run", None),
         )
     ]
+    models[-1]["reason"] = "no loss scale"
+    models.append(models[1] | {"dtype": "bfloat16", "median_us": 3000.0})
     write_csv(tmp_path / "load-train_step-gpu", models)
     text = readme.current("<!-- table: models -->\n<!-- end of table -->", tmp_path)
     assert "| small; ms (GPU peak, GiB) | qlora | bitsandbytes |" in text
     assert "| training step, 128 tokens, float16 | 1.0 (2.0) | 2.0 (2.0) |" in text
     assert "| generating, float16 |  | - |" in text
+    assert "| training step, 128 tokens, bfloat16 |  | 3.0 (2.0) |" in text
+    assert text.count("Not run: bitsandbytes, float16, generate: no loss scale.") == 1
     host = [
         base
         | {"op": "linear4bit", "rows": 8, "columns": 4, "m": 1, "method": method, "status": "ok", "provider": name}
@@ -212,3 +223,37 @@ def test_the_tables_of_whole_models_and_of_the_hosts_part(tmp_path):
     write_csv(tmp_path / "linear4bit-gpu", host)
     text = readme.current("<!-- table: host -->\n<!-- end of table -->", tmp_path)
     assert "| inference, float16 | 9.5 (9.0 to 14.0) | 11.0 (11.0 to 11.0) |" in text
+
+
+def test_the_table_of_ragged_weights_has_a_record_of_its_own(tmp_path):
+    base = {"commit": "c" * 40, "gpu": "GPU", "date": "2026-01-01", "model": "small", "dtype": "float16"}
+    rows = [
+        base
+        | {"op": op, "rows": 8, "columns": 80, "blocksize": blocksize, "m": m, "provider": provider}
+        | {
+            "method": method,
+            "median_us": us,
+            "status": "ok" if us else "not run",
+            "reason": None if us else "it cannot",
+        }
+        for op, blocksize, m, provider, method, us in (
+            ("copy", 64, None, "torch", "graph", 1.0),
+            *(("matmul", 64, 1, name, "graph", us) for name, us in (("qkernels", 2.0), ("torch", 3.0))),
+            ("matmul", 64, 1, "bitsandbytes", None, None),
+            ("matmul", 64, 1, "qkernels", "flushed", 7.0),
+            *(
+                ("matmul_dx", 32, m, name, "graph", m * us)
+                for m in (1, 4)
+                for name, us in (("bitsandbytes", 5.0), ("qkernels", 2.0), ("torch", 3.0))
+            ),
+        )
+    ]
+    write_csv(tmp_path / "ragged-matmul-matmul_dx-gpu", rows)
+    text = readme.current("<!-- table: ragged -->\n<!-- end of table -->", tmp_path)
+    assert "| float16; µs (over bitsandbytes, over 16-bit cuBLAS) | M = 1 | M = 4 |" in text
+    assert "| y, 8 x 80 | 2.0 (-, 1.50x) |" in text
+    assert "| dX, 8 x 80, blocks of 32 | 2.0 (2.50x, 1.50x) | 8.0 (2.50x, 1.50x) |" in text
+    assert "Not run: bitsandbytes, float16, matmul: it cannot." in text
+    for name in set(readme.TABLES) - {"ragged"}:  # none of another's weights
+        assert not [path for pattern in readme.TABLES[name][0] for path in tmp_path.glob(pattern)]
+    assert not [path for drawn in figures.DRAWN.values() for path in tmp_path.glob(drawn.pattern)]
