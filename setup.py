@@ -9,9 +9,10 @@ VERSION = "0.1.0"
 DEMO = ["gguf>=0.17"]
 BENCH = ["bitsandbytes==0.50.2; sys_platform == 'linux'", "pytest>=8", "pytest-benchmark>=5", "jinja2>=3"]
 PEERS = ["torchao>=0.17", "gemlite>=0.6"]  # further rivals of `benchmarks.run --all-rivals`
+DOCS = ["mkdocs>=1.6"]
 NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 TOOLS = ["ruff>=0.14", "mypy>=1.18", "pytest-xdist>=3.6", "types-PyYAML", "setuptools>=77", "tensorboardX>=2.6"]
-DEV = [*BENCH, *TOOLS, *NOTEBOOK]
+DEV = [*BENCH, *TOOLS, *NOTEBOOK, *DOCS]
 
 setup(
     name="qkernels-qlora",
@@ -39,7 +40,7 @@ setup(
         "packaging>=22",
         "psutil>=5",
     ],
-    extras_require={"demo": DEMO, "bench": BENCH, "peers": PEERS, "dev": DEV, "docs": ["mkdocs>=1.6"]},
+    extras_require={"demo": DEMO, "bench": BENCH, "peers": PEERS, "dev": DEV, "docs": DOCS},
     entry_points={
         "console_scripts": ["qlora=qlora.cli:main"],
         # An installed bitsandbytes calls it when it is imported; QKERNELS_BITSANDBYTES=0 leaves that library alone.

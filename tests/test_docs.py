@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from qlora import cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks/results").glob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]*))?\)")
+
+HREF = re.compile(r'(?:href|src)="(?!\w+:|/|#)([^"]*)"')
 
 
 def anchors(page: Path) -> set[str]:
@@ -44,6 +48,18 @@ def test_every_page_can_be_found():
         assert pages - {"index.md"} <= linked
     entries = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     assert {page for entry in entries for page in entry.values()} == pages
+
+
+def test_the_sites_links_lead_somewhere(tmp_path):
+    """Those too that lead out of docs/, and those of the README and the records' pages."""
+    pytest.importorskip("mkdocs", reason="part of the [docs] extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = {page.parent: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    links = {(folder / href.partition("#")[0]) for folder, text in pages.items() for href in HREF.findall(text)}
+    assert not [link for link in links if not link.exists()]
+    assert any(link.name.endswith(".csv") for link in links)
 
 
 def test_the_commands_are_those_of_the_page(monkeypatch, capsys):
