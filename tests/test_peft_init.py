@@ -145,8 +145,11 @@ def test_what_is_refused(llama, tmp_path):
         qlora.initialize_from_float(model, llama, "olora")
     with pytest.raises(UserError, match="model: expected 4-bit layers with the adapter 'other', got none"):
         qlora.initialize_from_float(model, llama, adapter_name="other")
-    with pytest.raises(UserError, match="rank: expected 1 to 8, the adapter's rank, got 9"):
-        qlora.initialize_from_float(model, llama, rank=9)
+    for rank in (0, 9):
+        with pytest.raises(UserError, match=f"rank: expected 1 to 8, the adapter's rank, got {rank}"):
+            qlora.initialize_from_float(model, llama, rank=rank)
+    with pytest.raises(UserError, match="rank: expected 1 to 4, the adapter's rank, got 5"):
+        qlora.initialize_from_float(adapted(llama, rank_pattern={"v_proj": 4}), llama, rank=5)
     with pytest.raises(UserError, match="inputs: expected batches that go through every layer"):
         qlora.initialize_from_float(model, llama, "qera")
     packed = qlora.load_pretrained_4bit(llama, **FLOAT)
