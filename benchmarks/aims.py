@@ -6,7 +6,7 @@ an aim for several M is held against the worst of them, if it is not one for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -16,6 +16,7 @@ from .readme_tables import OURS, THEIRS, Table, done_of, stacks_of
 from .report import GENERATE, Row
 
 CUBLAS = "torch"
+NAMES = {"matmul": "product", "matmul_dx": "gradient of the activations"}
 SMALL = (2, 4, 8, 16, 32, 64)
 # (M, rival, times as fast as it): of products, forward and for the gradient of the activations alike.
 PRODUCTS = (
@@ -32,6 +33,8 @@ PRODUCTS = (
     ((4096,), CUBLAS, 0.91),
 )
 SMALL_MEAN = 3.0  # times bitsandbytes, all of these M together
+# The same of weights whose rows are not whole blocks.
+RAGGED = ((1, 4, 16), THEIRS, 1.6)
 READ_ONLY = 0.6
 ADAPTER = ((128, 2.5), (2048, 1.3))
 HOST_US = 12.0
@@ -79,8 +82,8 @@ def short_of(*records: list[Row]) -> Table:
     """A line for each aim that is not reached, and one that counts.
 
     Args:
-        records: rows of the products, of training Bloom and Llama, of the plan, of the steps beside peft and of what a
-            small model learns.
+        records: rows of the products, of training Bloom and Llama, of the plan, of the steps beside peft, of what a
+            small model learns, and of products with weights whose rows are not whole blocks, if there are any.
     """
     found = list(aims_of(*records))
     missed = [aim.cells() for aim in found if not aim.reached]
@@ -89,10 +92,18 @@ def short_of(*records: list[Row]) -> Table:
 
 
 def aims_of(
-    products: list[Row], bloom: list[Row], llama: list[Row], plan: list[Row], steps: list[Row], learning: list[Row]
+    products: list[Row],
+    bloom: list[Row],
+    llama: list[Row],
+    plan: list[Row],
+    steps: list[Row],
+    learning: list[Row],
+    ragged: Sequence[Row] = (),
 ) -> Iterator[Aim]:
     """Every aim, reached or not; arguments as of `short_of`."""
     yield from _of_products(products)
+    for op, name in NAMES.items() if ragged else ():
+        yield _of_rows(ragged, op, f"{name} with rows that are not whole blocks", *RAGGED)
     yield from _of_training(bloom)
     yield Aim(f"training Llama-2-7B's shapes, over {THEIRS}", LLAMA, min(_speed_ups(llama, "4x512")), times)
     error = max(abs(row["memory_error"]) for row in plan if row.get("memory_error") is not None)
@@ -109,15 +120,9 @@ def aims_of(
 
 
 def _of_products(rows: list[Row]) -> Iterator[Aim]:
-    for op, name in (("matmul", "product"), ("matmul_dx", "gradient of the activations")):
+    for op, name in NAMES.items():
         for sizes, rival, wanted in PRODUCTS:
-            means = {m: _mean(rows, op, m, rival) for m in sizes}
-            worst = min(sizes, key=means.__getitem__)
-            several = len(sizes) > 1
-            what = f"{name}, M = {sizes[0]}{f' to {sizes[-1]}' if several else ''}, over " + (
-                THEIRS if rival == THEIRS else "16-bit cuBLAS"
-            )
-            yield Aim(what, wanted, means[worst], times, where=f" (M = {worst})" if several else "")
+            yield _of_rows(rows, op, name, sizes, rival, wanted)
         mean = geometric_mean(_mean(rows, op, m, THEIRS) for m in SMALL)
         yield Aim(f"{name}, mean of M = {SMALL[0]} to {SMALL[-1]}, over {THEIRS}", SMALL_MEAN, mean, times)
     yield Aim("product, M = 1, of a reader's speed", READ_ONLY, _mean(rows, "matmul", 1, "read only"), percent)
@@ -126,6 +131,17 @@ def _of_products(rows: list[Row]) -> Iterator[Aim]:
         yield Aim(f"layer with an adapter, M = {m}, over {THEIRS} + peft", wanted, mean, times)
     host = [row["median_us"] for row in _timed(rows, "linear4bit", 1, "host") if row["provider"] == OURS]
     yield Aim("host's time of `Linear4bit`, M = 1", HOST_US, max(host), lambda value: f"{value:.1f} µs", at_most=True)
+
+
+def _of_rows(rows: Sequence[Row], op: str, name: str, sizes: Sequence[int], rival: str, wanted: float) -> Aim:
+    """Of the worst of several numbers of rows of activations."""
+    means = {m: _mean(rows, op, m, rival) for m in sizes}
+    worst = min(sizes, key=means.__getitem__)
+    several = len(sizes) > 1
+    what = f"{name}, M = {sizes[0]}{f' to {sizes[-1]}' if several else ''}, over " + (
+        THEIRS if rival == THEIRS else "16-bit cuBLAS"
+    )
+    return Aim(what, wanted, means[worst], times, where=f" (M = {worst})" if several else "")
 
 
 def _of_training(rows: list[Row]) -> Iterator[Aim]:
@@ -149,11 +165,11 @@ def _speed_ups(rows: list[Row], case: str) -> list[float]:
     return [measured["qlora", case][key] / measured[stack, case][key] for stack in theirs]
 
 
-def _timed(rows: list[Row], op: str, m: int, method: str) -> list[Row]:
+def _timed(rows: Sequence[Row], op: str, m: int, method: str) -> list[Row]:
     return [row for row in rows if (row["op"], row["m"], row["method"], row["status"]) == (op, m, method, "ok")]
 
 
-def _mean(rows: list[Row], op: str, m: int, rival: str) -> float:
+def _mean(rows: Sequence[Row], op: str, m: int, rival: str) -> float:
     """How many times as fast as the rival, in the worse dtype."""
     found = {
         (row["dtype"], row["rows"], row["columns"], row["provider"]): row["median_us"]
