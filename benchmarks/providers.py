@@ -76,7 +76,6 @@ def training_arguments(precision: str, device: str) -> dict[str, Any]:
     """What all stacks give their `TrainingArguments`; batch, steps and output folder come from the case."""
     return {
         "learning_rate": LEARNING_RATE,
-        "optim": "adamw_torch",
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": device == "cpu",

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
+from trl import SFTConfig
 
 from benchmarks import bloom7b1, checkpoint, data, gate, processes, report
 from benchmarks.environment import LIBRARIES, environment
 from benchmarks.jobs import Case, Job
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import PROVIDERS, training_arguments
 from qkernels.errors import UserError
+from qlora import train as qlora_train
 
 BLOOM_7B1_PARAMETERS = 7_069_016_064
 TINY = checkpoint.ModelSize(layers=2, hidden=64, heads=4, vocab=512)
@@ -54,6 +56,13 @@ def results(prompts_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert bloom7b1.main([*TINY_FLAGS, *flags, "--data", str(prompts_csv), "--out", str(out)]) == 0
     (file,) = out.glob("*.jsonl")
     return file.with_suffix("")
+
+
+@pytest.mark.parametrize("settings", [TrainingArguments, SFTConfig, qlora_train.TrainingArguments])
+def test_every_stack_has_the_trainers_own_optimizer(settings, tmp_path):
+    """An unfused one waits for the GPU in each step under a loss scale, which no user of a default sees."""
+    given = settings(output_dir=str(tmp_path), **training_arguments("fp32", "cpu"))
+    assert given.optim == TrainingArguments(output_dir=str(tmp_path)).optim == "adamw_torch_fused"
 
 
 @pytest.fixture
