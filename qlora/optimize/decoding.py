@@ -4,89 +4,173 @@ Room: capture and replay around transformers' models; no architecture's own.  Wi
 kernels on the same addresses each time, a thousand small ones, and Python needs several times as long to launch them as
 they run.  transformers would compile such a step by itself, which takes a minute; capturing takes one step.
 
-A graph lives as long as one call of `generate`: nobody changes adapters or weights within.
+A graph and the cache that it works on stay for the next call of `generate`.  Each call first compares the model with
+what it was when its step was captured (state.py), and training, moving or converting the model gives both back.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .cache import CACHE
 from .capture import capture
+from .state import is_listened_to, state_of
 
-_TENSORS = ("attention_mask", "position_ids", "cache_position")
+# A cache's length is a multiple of it, so that prompts and answers of many lengths meet in one graph.
+LENGTHS = 128
+_TENSORS = ("attention_mask", "position_ids")
 # What a base model is called with beside the tokens.  Anything else that is asked for makes a step run as ever.
 _EXPECTED = {*_TENSORS, CACHE, "use_cache", "return_dict"}
 
 
 class Decoding:
-    """A base model's forward pass within one call of `generate`.
+    """One model's captured step and the cache that it works on.  A copy of the model begins without any."""
 
-    Args:
-        run: the forward pass of the model without its output layer.
-    """
+    def __init__(self) -> None:
+        self._state: Any = None
+        self.forget()
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self._run = run
-        self._warm = False
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoding, ()
+
+    def forget(self) -> None:
+        """Give the graph and the cache back; the next call of `generate` captures anew."""
+        self._layers: list[Any] = []
+        self._has_layers: Callable[[], Any] = lambda: None
+        self._forget_graph()
+
+    def _forget_graph(self) -> None:
         self._graph: Any = None
-        self._ids: Any = None
+        self._key: Any = None
+        self._keys: list[Tensor] = []  # of the cache, each layer's; held, so that none of another cache is taken for it
         self._static: dict[str, Tensor] = {}
         self._out: Any = None
-        self._where = 0
 
-    def __call__(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The step that comes first as it is; then captured, and from there on replayed."""
-        if args or input_ids is None or not _fits(input_ids, kwargs) or not self._warm:
-            self._warm = input_ids is not None and input_ids.shape[1] == 1
-            return self._run(input_ids, *args, **kwargs)
+    def __len__(self) -> int:
+        """Captured steps that are kept: 0 or 1."""
+        return int(self._graph is not None)
+
+    def begin(self, base: Any) -> None:
+        """Before a call of `generate`: whether the model is what it was.
+
+        Args:
+            base: the model without its output layer.
+        """
+        state = state_of(base)
+        if state != self._state:
+            self.forget()
+        self._state, self._listened = state, is_listened_to(base)
+
+    def end(self) -> None:
+        """After it: what works on a cache of the caller's is not kept."""
+        if len(self._keys) != len(self._layers) or not _have(self._layers, self._keys):
+            self._forget_graph()
+
+    def with_kept_layers(self, cache: StaticCache, rows: int) -> StaticCache:
+        """A new cache, with the kept one's memory if it has the same sizes and nobody else has it any more.
+
+        Args:
+            cache: of transformers, empty.
+            rows: sequences.
+        """
+        kept = self._layers
+        is_free = bool(kept) and self._has_layers() is None and all(layer.is_initialized for layer in kept)
+        if is_free and list(map(_size, kept)) == list(map(_size, cache.layers)) and kept[0].keys.shape[0] == rows:
+            cache.layers = kept
+            cache.reset()
+        else:
+            self._forget_graph()
+        self._layers, self._has_layers = cache.layers, weakref.ref(cache)
+        return cache
+
+    def step(self, run: Callable[..., Any], input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass: of a kind that comes for the first time as it is, then captured, and from there on replayed.
+
+        Args:
+            run: the forward pass of the model without its output layer, whose arguments the others are.
+        """
+        if args or input_ids is None or self._listened or not _fits(input_ids, kwargs):
+            return run(input_ids, *args, **kwargs)
+        layers = kwargs[CACHE].layers
         tensors = {name: kwargs[name] for name in _TENSORS if kwargs.get(name) is not None}
-        if self._graph is None or self._where != _address(kwargs[CACHE]):
-            self._capture(input_ids, tensors, kwargs)
-        self._ids.copy_(input_ids)
-        for name, tensor in tensors.items():
-            self._static[name][..., : tensor.shape[-1]].copy_(tensor)
+        key = _key({"input_ids": input_ids, **tensors})
+        if key != self._key or not _have(layers, self._keys):
+            # Kernels are compiled, and a kind that never comes again costs nothing: beam search exchanges the keys.
+            self._forget_graph()
+            self._key, self._keys = key, [layer.keys for layer in layers]
+            return run(input_ids, **kwargs)
+        if self._graph is None:
+            self._capture(run, input_ids, tensors, kwargs)
+        else:
+            for layer in layers:
+                if isinstance(layer, StaticSlidingWindowLayer):
+                    layer.cumulative_length_int += 1  # on the host, where a replay does nothing
+        for name, tensor in {"input_ids": input_ids, **tensors}.items():
+            self._static[name].copy_(tensor)
         self._graph.replay()
-        return type(self._out)(last_hidden_state=self._out.last_hidden_state.clone(), **{CACHE: kwargs[CACHE]})
+        kind, hidden = self._out
+        return kind(last_hidden_state=hidden.clone(), **{CACHE: kwargs[CACHE]})
 
-    def _capture(self, input_ids: Tensor, tensors: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
-        self._where = _address(kwargs[CACHE])
-        self._ids = input_ids.clone()
-        self._static = {name: tensor.clone() for name, tensor in tensors.items()}
-        if "attention_mask" in tensors:
-            # As long as the cache: the tokens to come are hidden by causality.
-            room = kwargs[CACHE].layers[0].max_cache_len - tensors["attention_mask"].shape[1]
-            self._static["attention_mask"] = F.pad(tensors["attention_mask"], (0, room))
-        self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph):
-            self._out = self._run(self._ids, **(kwargs | self._static))
+    def _capture(
+        self, run: Callable[..., Any], input_ids: Tensor, tensors: dict[str, Tensor], kwargs: dict[str, Any]
+    ) -> None:
+        self._static = {"input_ids": input_ids.clone()} | {name: tensor.clone() for name, tensor in tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+        with capture(graph):
+            out = run(**(kwargs | self._static))
+        self._graph, self._out = graph, (type(out), out.last_hidden_state)
 
 
-def _address(cache: Any) -> int:
-    """Beam search puts other tensors into a cache."""
-    return cache.layers[0].keys.data_ptr()
+def _size(layer: Any) -> tuple[Any, ...]:
+    return type(layer), layer.max_cache_len
+
+
+def _have(layers: list[Any], keys: list[Tensor]) -> bool:
+    return len(layers) == len(keys) and all(layer.keys is one for layer, one in zip(layers, keys, strict=True))
+
+
+def _key(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What must not change from one step to the next, beside the model and the cache."""
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return (autocast, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()))
 
 
 def _fits(input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether this is a step for the graph: one token a row, on a GPU, with a static cache and nothing unusual."""
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     return (
-        input_ids.is_cuda
+        _on_gpu(input_ids)
+        and input_ids.dim() == 2
         and input_ids.shape[1] == 1
-        and isinstance(kwargs.get(CACHE), StaticCache)
+        and _is_static(kwargs.get(CACHE))
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and kwargs.get("return_dict") is not False
-        and (mask is None or mask.dim() == 2)
-        and (positions is None or positions.shape[-1] == 1)
         and all(value is None or value is False for name, value in kwargs.items() if name not in _EXPECTED)
     )
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _is_static(cache: Any) -> bool:
+    """Whether a step writes to this cache as every other one: into whole layers, or windows that are not full yet."""
+    return isinstance(cache, StaticCache) and not cache.offloading and all(map(_is_written_as_ever, cache.layers))
+
+
+def _is_written_as_ever(layer: Any) -> bool:
+    has_room = type(layer) is StaticLayer or (
+        type(layer) is StaticSlidingWindowLayer and layer.cumulative_length_int < layer.max_cache_len
+    )
+    return has_room and layer.is_initialized
 
 
 class GeneratingModel:
@@ -101,15 +185,54 @@ class GeneratingModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'.  With cache_implementation="static" a step is a CUDA graph instead of compiled."""
-        if not self.graphed_decoding:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        base = self.base_model
+        base, decoding = self.base_model, self._decoding
         plain = vars(base).get("forward")
-        base.forward = Decoding(base.forward)
+        if decoding is None or isinstance(plain, _Graphed):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        decoding.begin(base)
+        base.forward = _Graphed(decoding.step, base.forward)
         try:
             return super().generate(*args, **({"disable_compile": True} | kwargs))  # type: ignore[misc]
         finally:
+            decoding.end()
             if plain is None:
                 del base.forward
             else:
                 base.forward = plain
+
+    def train(self, mode: bool = True) -> Any:
+        """`nn.Module.train`; training gives the memory of `generate` back."""
+        if mode and self._decoding is not None:
+            self._decoding.forget()
+        return super().train(mode)  # type: ignore[misc]
+
+    @property
+    def _decoding(self) -> Decoding | None:
+        """None where the step is not to be captured."""
+        kept = vars(self)
+        if not self.graphed_decoding:
+            kept.pop("_kept_decoding", None)
+            return None
+        if "_kept_decoding" not in kept:
+            kept["_kept_decoding"] = Decoding()
+        return kept["_kept_decoding"]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `to`, `half` and the like end in."""
+        if self._decoding is not None:
+            self._decoding.forget()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', whose `generate` asks for it: of a rounded length, and the kept one where it can be."""
+        decoding = self._decoding
+        if decoding is None:
+            return super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+        kwargs["max_cache_len"] = -(-kwargs["max_cache_len"] // LENGTHS) * LENGTHS
+        cache = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+        is_plain = type(cache) is StaticCache and not cache.offloading
+        return decoding.with_kept_layers(cache, kwargs["batch_size"]) if is_plain else cache
+
+
+class _Graphed(functools.partial):  # type: ignore[type-arg]
+    """A forward pass that may be captured."""

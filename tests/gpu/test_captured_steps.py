@@ -172,19 +172,70 @@ def test_accumulated_gradients():
 
 @pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
 @pytest.mark.parametrize("padding", [False, True])
-def test_decoding_writes_the_same_tokens(family, padding):
-    model = tiny_model(family, hidden_size=64).cuda()
-    ids = tokens(2, 9).cuda()
-    mask = torch.ones_like(ids)
-    if padding:
-        mask[1, :3] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, **settings)
+def test_decoding_writes_the_same_tokens(family, padding, monkeypatch):
+    replays = count_replays(monkeypatch)
+    plain, model = tiny_model(family, hidden_size=64).cuda(), tiny_model(family, hidden_size=64).cuda()
     optimize_model(model, graphs=True)
-    for beams in (1, 1):
-        found = model.generate(ids, **settings, num_beams=beams, cache_implementation="static")
+    for length, new_tokens in ((9, 20), (9, 20), (14, 30), (5, 3)):
+        ids = tokens(2, length).cuda()
+        mask = torch.ones_like(ids)
+        if padding:
+            mask[1, :3] = 0
+        settings = {"attention_mask": mask, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        expected = plain.generate(ids, **settings)
+        found = model.generate(ids, **settings, cache_implementation="static")
         assert found.tolist() == expected.tolist()
+    assert len(replays) == 18 + 19 + 29 + 2  # all steps of one token but for the very first one
     assert "forward" not in vars(model.base_model)
+
+
+def test_decoding_follows_the_adapter():
+    by_graph, plain = tuned(True).eval(), tuned(False).eval()
+    for model in (by_graph, plain):
+        model.add_adapter("other", model.peft_config["default"])
+    torch.manual_seed(7)
+    other = {
+        name: 0.1 * torch.randn_like(parameter) for name, parameter in by_graph.named_parameters() if ".other." in name
+    }
+    ids = tokens(1, 9).cuda()
+    for model in (by_graph, plain):
+        for name, parameter in model.named_parameters():
+            if name in other:
+                parameter.data.copy_(other[name])
+
+    def written(model, **cache):
+        settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **cache).tolist()
+
+    found, expected = ([], [])
+    for model, texts, cache in ((by_graph, found, {"cache_implementation": "static"}), (plain, expected, {})):
+        for adapter in ("default", "other", "default"):
+            model.set_adapter(adapter)
+            texts.append(written(model, **cache))
+        with model.disable_adapter():
+            texts.append(written(model, **cache))
+    assert found == expected
+    assert found[0] != found[1]
+
+
+def test_training_gives_the_memory_of_decoding_back():
+    model = tuned(True).eval()
+    base = model.get_base_model()
+    ids = tokens(4, 500).cuda()
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    assert len(base._decoding) == 1
+    kept = torch.cuda.memory_allocated()
+    model.train()
+    cache_bytes = 2 * 2 * 4 * 512 * 64 * 2  # two blocks' keys and values, 4 texts, 512 places, 64 features, 2 bytes
+    assert kept - torch.cuda.memory_allocated() >= cache_bytes
+
+
+def count_replays(monkeypatch) -> list[int]:
+    found: list[int] = []
+    stock = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (found.append(1), stock(graph))[1])
+    return found
 
 
 def test_an_old_graph_in_a_cycle_does_not_end_a_capture():
