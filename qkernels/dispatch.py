@@ -108,8 +108,8 @@ def _refuse_wgmma(product: Product) -> str | None:
         return f"sm_{product.sm} has no wgmma instruction"
     if product.dtype == torch.float32:
         return "wgmma has no float32"
-    if K % 64 or product.blocksize < 64:
-        return f"K={K} and blocks of {product.blocksize} are not both multiples of 64"
+    if K % min(product.blocksize, 64):
+        return f"rows of K={K} are not whole blocks, or whole 64"
     if min(N, K) < 128:
         return f"the weight [{N}, {K}] is smaller than a tile"
     if product.backward and N % 8:
@@ -160,6 +160,8 @@ def choose_adapter(product: Product, r: int, dropout: bool) -> Choice:
     implementation = choose(product).implementation
     if implementation != WGMMA:
         return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: {implementation} takes none")
+    if product.blocksize < 64:
+        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: two scales a step leave no registers for it")
     if product.backward and dropout:
         return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: the mask multiplies the adapter's part of dx alone")
     return Choice(ADAPTER_JOINED, f"{implementation} takes it")

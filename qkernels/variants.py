@@ -336,6 +336,8 @@ def _matmul_wgmma() -> Iterator[Variant]:
             yield wgmma_variant(columns, "bf16", False, backward, nested=False, has_bias=not backward, n="i32")
             yield wgmma_variant(columns, "fp16", True, backward, rank=16)
             yield wgmma_variant(columns, "bf16", False, backward, rank=64)
+            for dtype, split in (("fp16", True), ("bf16", False)):
+                yield wgmma_variant(columns, dtype, split, backward, has_bias=not (backward or split), blocksize=32)
     yield wgmma_variant(256, "fp16", True, False, quant_type="fp4")
 
 
@@ -350,6 +352,7 @@ def wgmma_variant(
     n: str = "i32:16",
     rank: int = 0,
     quant_type: str = "nf4",
+    blocksize: int = 64,
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 33 if split else 32)
@@ -364,9 +367,9 @@ def wgmma_variant(
     return Variant(
         f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
         f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}"
-        f"{'' if quant_type == 'nf4' else ' fp4'}",
+        f"{'' if quant_type == 'nf4' else ' fp4'}{'' if blocksize == 64 else f' blocks of {blocksize}'}",
         _matmul_wgmma_kernel,
         {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
-        wgmma_constants(config, 64, quant_type, nested, has_bias, backward, (8 if rank else 0, rank)) | absent,
+        wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, (8 if rank else 0, rank)) | absent,
         config,
     )

@@ -13,7 +13,9 @@ from qkernels.dispatch import (
     ADAPTER_APART,
     ADAPTER_BESIDE,
     ADAPTER_JOINED,
+    WGMMA,
     Product,
+    choose,
     choose_adapter,
     inner_form,
 )
@@ -170,6 +172,12 @@ def test_where_the_update_is_added(M, dtype, capability, r, backward, dropout, e
     choice = choose_adapter(product, r, dropout)
     assert choice.implementation == expected
     assert choice.reason
+
+
+def test_blocks_of_32_leave_the_products_kernel_no_registers_for_it():
+    product = Product(128, 4096, 4096, torch.float16, (9, 0), blocksize=32)
+    assert choose(product).implementation == WGMMA
+    assert choose_adapter(product, 16, dropout=False).implementation == ADAPTER_BESIDE
 
 
 @pytest.mark.parametrize("M", [1, 16, 128, 512, 513, 2048, 100_000])

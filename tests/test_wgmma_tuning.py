@@ -57,6 +57,8 @@ def test_who_takes_what():
         assert explain(M, 12288, 4096, device=(9, 0), backward=True).implementation == WGMMA
     for M in (32, 64):
         assert explain(M, 12288, 4096, device=(9, 0), backward=True).implementation == SKINNY
+    for K in (4096, 4128):
+        assert explain(100, 12288, K, device=(9, 0), blocksize=32).implementation == WGMMA
     assert wgmma_limit(4096, 2048) == 256
     assert explain(257, 4096, 2048, device=(9, 0)).implementation == DEQUANTIZE
 
@@ -67,8 +69,9 @@ def test_who_takes_what():
         ({"M": 200, "device": (8, 0)}, "sm_80 has no wgmma instruction"),
         ({"M": 200, "device": (10, 0)}, "sm_100 has no wgmma instruction"),
         ({"dtype": torch.float32}, "wgmma has no float32"),
-        ({"K": 4090}, "K=4090 and blocks of 64 are not both multiples of 64"),
-        ({"blocksize": 32}, "K=4096 and blocks of 32 are not both multiples of 64"),
+        ({"K": 4090}, "rows of K=4090 are not whole blocks, or whole 64"),
+        ({"K": 4128}, "rows of K=4128 are not whole blocks, or whole 64"),
+        ({"K": 4112, "blocksize": 32}, "rows of K=4112 are not whole blocks, or whole 64"),
         ({"N": 12289, "backward": True}, "rows of dy, N=12289, are not multiples of 16 bytes"),
         ({"N": 127}, "the weight [127, 4096] is smaller than a tile"),
         ({"M": 1025}, "M=1025 is not in 1 to 1024"),
@@ -112,6 +115,16 @@ def test_its_bytes_are_beside_enough_of_other_shared_memory():
         assert resources.shared_bytes - 32768 > 48 * 1024
         assert not resources.faults()
         assert not resources.serialized
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_of_32_have_twice_the_scales(backward):
+    once, twice = (
+        aot.compile_variant(wgmma_variant(256, "fp16", True, backward, blocksize=blocksize), "sm_90")
+        for blocksize in (64, 32)
+    )
+    # Two turns of four steps in float32, of 128 rows, or backward of 64 rows and two groups.
+    assert twice.metadata.shared - once.metadata.shared == 2 * 4 * 128 * 4
 
 
 def test_serialized_products_are_a_fault():

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..format import NESTED_BLOCKSIZE
-from ._wgmma_weights import code_unit
+from ._wgmma_weights import code_unit, scale_unit
 
 # Triton 3.6 puts no barrier between those of the kernel.  3.9 does, which makes three or four of the two a step, and
 # then warp groups that take turns would wait for each other: there they go together.
@@ -26,11 +26,11 @@ _HALF_A_TURN = gl.constexpr(
 
 
 @gluon.constexpr_function
-def scaling_layout(rows, stages, backward):
-    """Scales of as many steps as there are stages: [rows of n, stages], backward [64 * stages of n, rows / 64]."""
+def scaling_layout(rows, scales, backward):
+    """Scales of a turn: [rows of n, scales of a row], backward [n, scales of `rows` of k]."""
     if backward:
-        return gl.BlockedLayout([1, 1], [2048 // rows, rows // 64], [rows // 16, 1], [1, 0])
-    return gl.BlockedLayout([1, stages // 2], [16, 2], [rows // 16, 1], [1, 0])
+        return gl.BlockedLayout([1, 1], [32 // scales, scales], [rows // 16, 1], [1, 0])
+    return gl.BlockedLayout([1, scales // 2], [16, 2], [rows // 16, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -90,18 +90,19 @@ def load_scales(stores, row0, step, wanted, N, blocks, stored_as: gl.constexpr):
     absmax_ptr, absmax_8bit_ptr = stores
     BACKWARD: gl.constexpr = stored_as[0]
     NESTED: gl.constexpr = stored_as[1]
-    PER_SCALE: gl.constexpr = stored_as[2]
+    QUANT_BLOCK: gl.constexpr = stored_as[2]
+    UNIT: gl.constexpr = scale_unit(QUANT_BLOCK)
     shape: gl.constexpr = stored_as[3]
     layout: gl.constexpr = stored_as[4]
     n = gl.arange(0, shape[0], gl.SliceLayout(1, layout))[:, None]
     block = gl.arange(0, shape[1], gl.SliceLayout(0, layout))[None, :]
     if BACKWARD:
         n += step * 64
-        block += row0 // 64
+        block += row0 // UNIT
     else:
         n += row0
-        block += step
-    at = (n * blocks + block) // PER_SCALE
+        block += step * (64 // UNIT)
+    at = (n * blocks + block) // (QUANT_BLOCK // UNIT)
     mask = (n < N) & (block < blocks) & wanted
     if NESTED:
         index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0)

@@ -142,6 +142,12 @@ def code_unit(quant_type):
 
 
 @gluon.constexpr_function
+def scale_unit(quant_block):
+    """Neighbours in k that share a scale in a step."""
+    return min(quant_block, 64)
+
+
+@gluon.constexpr_function
 def lanes_layout(rows):
     """A value a thread, [groups, warps of a group, 8, 4]: as a tensor core's operand has them."""
     groups = (rows // 64).bit_length() - 1
@@ -151,17 +157,27 @@ def lanes_layout(rows):
 
 
 @gluon.constexpr_function
-def scales_layout(rows, backward):
-    """Scales of a step as the operand's threads want them: [rows, 1], backward [64 of n, groups]."""
+def paired_lanes_layout(rows):
+    """That with a group's warps as pairs, which have 32 neighbours of k backward: [groups, 2, 2, 8, 4]."""
+    groups = (rows // 64).bit_length() - 1
+    lane_bases = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 0, 4, 0]]
+    warp_bases = [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]] + [[1 << i, 0, 0, 0, 0] for i in range(groups)]
+    return gl.DistributedLinearLayout([], lane_bases, warp_bases, [], [rows // 64, 2, 2, 8, 4])
+
+
+@gluon.constexpr_function
+def scales_layout(rows, per_step, backward):
+    """Scales of a step as the operand's threads want them: [rows, per_step], backward [64 of n, groups * per_step]."""
     groups = (rows // 64).bit_length() - 1
     if backward:
         lane_bases = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
-        warp_bases = [[0, 0], [0, 0]] + [[0, 1 << i] for i in range(groups)]
+        warp_bases = [[0, 0], [0, per_step // 2]] + [[0, per_step << i] for i in range(groups)]
         return gl.DistributedLinearLayout(
-            [[1, 0], [8, 0], [16, 0], [32, 0]], lane_bases, warp_bases, [], [64, rows // 64]
+            [[1, 0], [8, 0], [16, 0], [32, 0]], lane_bases, warp_bases, [], [64, rows // 64 * per_step]
         )
     lane_bases = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[8, 0]], lane_bases, [[16 << i, 0] for i in range(groups + 2)], [], [rows, 1])
+    warp_bases = [[16 << i, 0] for i in range(groups + 2)]
+    return gl.DistributedLinearLayout([[8, 0], [0, 1]][:per_step], lane_bases, warp_bases, [], [rows, per_step])
 
 
 @gluon.jit
@@ -203,7 +219,9 @@ def places(memory, BACKWARD: gl.constexpr, ROWS: gl.constexpr, lanes: gl.constex
 
 
 @gluon.jit
-def copy_step(target, packed_ptr, line, chunk, row0, step, wanted, N, blocks, BACKWARD: gl.constexpr):
+def copy_step(
+    target, packed_ptr, line, chunk, row0, step, wanted, N, blocks, UNIT: gl.constexpr, BACKWARD: gl.constexpr
+):
     """Begin to copy W of one step, 16 bytes a thread, to shared memory; zeros beyond the edges of W."""
     if BACKWARD:
         n = step * 64 + line
@@ -211,8 +229,9 @@ def copy_step(target, packed_ptr, line, chunk, row0, step, wanted, N, blocks, BA
     else:
         n = row0 + line
         byte = step * 32 + chunk * 16
-    size = gl.where((n < N) & (byte < blocks * 32) & wanted, 16, 0)
-    source = packed_ptr + (n.to(gl.int64) * (blocks * 32) + byte)
+    HALF: gl.constexpr = UNIT // 2
+    size = gl.where((n < N) & (byte < blocks * HALF) & wanted, 16, 0)
+    source = packed_ptr + (n.to(gl.int64) * (blocks * HALF) + byte)
     gl.inline_asm_elementwise(_COPY, "=r,r,l,r", [target, source.to(gl.int64), size], gl.int32, is_pure=False, pack=1)
     async_copy.commit_group()
 
@@ -265,7 +284,7 @@ def _eight(asm: gl.constexpr, words, places, scales, DTYPE: gl.constexpr):
 
 @gluon.jit
 def decode_rows(address, spots, scales, how: gl.constexpr):
-    """Bytes of 64 weights of W's rows, scales [ROWS, 1], to the operand [ROWS of n, 64 of k]."""
+    """Bytes of 64 weights of W's rows, scales [ROWS, 1 or 2], to the operand [ROWS of n, 64 of k]."""
     chosen, place, table = spots
     QUANT_TYPE: gl.constexpr = how[0]
     lanes: gl.constexpr = how[1]
@@ -276,11 +295,11 @@ def decode_rows(address, spots, scales, how: gl.constexpr):
     words = gl.inline_asm_elementwise(  # [row / 8, k / 32, k / 8]
         _READ_ROWS, _SIXTEEN, [address], dtype=[gl.int32] * 16, is_pure=False, pack=1
     )
-    scale = scales.load(scales_layout(ROWS, False)).reshape([ROWS // 64, 4, 2, 8]).permute((0, 1, 3, 2)).split()
+    scale = _scales_of_rows(scales)
     of_lanes: gl.constexpr = gl.SliceLayout(3, lanes)
     parts = ()
     for i in gl.static_range(4):
-        scale_i = gl.convert_layout(scale[i // 2], of_lanes, assert_trivial=True)[:, :, :, None]
+        scale_i = gl.convert_layout(scale[i], of_lanes, assert_trivial=True)[:, :, :, None]
         four = (words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
         if i % 2 * 2 + i // 2 < TABLED:
             parts += _eight(decoding(QUANT_TYPE, DTYPE, False, True), four, (place, table), (scale_i,), DTYPE)
@@ -290,8 +309,22 @@ def decode_rows(address, spots, scales, how: gl.constexpr):
 
 
 @gluon.jit
+def _scales_of_rows(scales):
+    """[groups, 4, 8] by (row / 8, k / 32)."""
+    ROWS: gl.constexpr = scales.shape[0]
+    PER_STEP: gl.constexpr = scales.shape[1]
+    scale = scales.load(scales_layout(ROWS, PER_STEP, False))
+    if PER_STEP == 1:
+        upper, lower = scale.reshape([ROWS // 64, 4, 2, 8]).permute((0, 1, 3, 2)).split()
+        result = (upper, upper, lower, lower)
+    else:
+        result = _split(scale.reshape([ROWS // 64, 4, 2, 8, 2]).permute((0, 1, 3, 4, 2)), 2)
+    return result
+
+
+@gluon.jit
 def decode_columns(address, spots, scales, how: gl.constexpr):
-    """Bytes of 64 rows n, scales [64, GROUPS], to the operand [ROWS of k, 64 of n].
+    """Bytes of 64 rows n, scales [64, groups or twice as many], to the operand [ROWS of k, 64 of n].
 
     Row 32 v + 16 w + 8 h + g of the operand is k = 32 v + 4 g + 2 w + h: a byte's two weights stay in one thread.
     """
@@ -301,19 +334,17 @@ def decode_columns(address, spots, scales, how: gl.constexpr):
     operand: gl.constexpr = how[2]
     DTYPE: gl.constexpr = how[3]
     TABLED: gl.constexpr = how[4]
-    GROUPS: gl.constexpr = scales.shape[1]
+    GROUPS: gl.constexpr = address.shape[0]
     words = gl.inline_asm_elementwise(  # [n / 8]
         _READ_COLUMNS, _EIGHT, [address], dtype=[gl.int32] * 8, is_pure=False, pack=1
     )
-    scale = scales.load(scales_layout(GROUPS * 64, True)).reshape([2, 2, 2, 4, 2, GROUPS])
-    scale = _split(scale.permute((5, 3, 4, 2, 1, 0)), 4)  # by n / 32, n / 16, n / 8, n
-    of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lanes))
+    scale = _scales_of_columns(scales, lanes, GROUPS)
     upper = ()  # rows g, and g + 8
     lower = ()
     for i in gl.static_range(4):
         four = ()
         for j in gl.static_range(4):
-            four += (gl.convert_layout(scale[4 * i + j], of_lanes, assert_trivial=True)[:, None, None, :],)
+            four += (scale[4 * i + j],)
         two = (words[2 * i], words[2 * i + 1])
         if i < TABLED:
             part = _eight(
@@ -324,6 +355,28 @@ def decode_columns(address, spots, scales, how: gl.constexpr):
         upper += (part[0], part[1], part[4], part[5])
         lower += (part[2], part[3], part[6], part[7])
     return _operand(upper + lower, GROUPS * 64, operand)
+
+
+@gluon.jit
+def _scales_of_columns(scales, lanes: gl.constexpr, GROUPS: gl.constexpr):
+    """As the bytes of a word are laid out, by (n / 32, n / 16, n / 8, n)."""
+    PER_STEP: gl.constexpr = scales.shape[1] // GROUPS
+    scale = scales.load(scales_layout(GROUPS * 64, PER_STEP, True))
+    result = ()
+    if PER_STEP == 1:
+        of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lanes))
+        scale = _split(scale.reshape([2, 2, 2, 4, 2, GROUPS]).permute((5, 3, 4, 2, 1, 0)), 4)
+        for i in gl.static_range(16):
+            result += (gl.convert_layout(scale[i], of_lanes, assert_trivial=True)[:, None, None, :],)
+    else:
+        paired: gl.constexpr = paired_lanes_layout(GROUPS * 64)
+        of_pairs: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, paired))
+        scale = _split(scale.reshape([2, 2, 2, 4, 2, GROUPS, 2]).permute((5, 6, 3, 4, 2, 1, 0)), 4)
+        for i in gl.static_range(16):
+            value = gl.convert_layout(scale[i], of_pairs, assert_trivial=True)[:, :, None, None, :]
+            value = value.broadcast_to([GROUPS, 2, 2, 8, 4]).reshape([GROUPS, 4, 8, 4])
+            result += (gl.convert_layout(value, lanes, assert_trivial=True),)
+    return result
 
 
 @gluon.jit

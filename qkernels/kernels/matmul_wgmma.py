@@ -3,7 +3,7 @@
 The transposed product is computed, out^T[R, M] = W x^T (backward: W^T dy^T), because a wgmma instruction may take its
 first operand from registers: a thread decodes W straight into its fragment of the operand, and no decoded weight is
 written anywhere.  x comes into shared memory by TMA as the second operand.  The contraction goes in steps of 64, one
-quantization block of W's row, so a step has one scale a row.
+quantization block of W's row, so a step has one scale a row; of blocks of 32 it has two.
 
 A wgmma with an operand in registers keeps its warps at the instruction until the operand is read.  So two warp groups
 take turns of two steps: each has two barriers, one before decoding and one before multiplying, and the second group
@@ -59,6 +59,7 @@ from ._wgmma_weights import (
     lanes_layout,
     packed_memory,
     places,
+    scale_unit,
 )
 
 
@@ -102,7 +103,9 @@ def _matmul_wgmma_kernel(
     WARPS: gl.constexpr = ROWS // 16
     AHEAD: gl.constexpr = STAGES - 2
     R = K if BACKWARD else N
-    blocks = K // 64
+    UNIT: gl.constexpr = scale_unit(QUANT_BLOCK)
+    PER_STEP: gl.constexpr = 64 // UNIT
+    blocks = K // UNIT
     # Who takes a part comes after who gives it, so that no order of programs can hold them up.
     begin = first_turn(gl.program_id(0) + 1, all_turns)
     end = first_turn(gl.program_id(0), all_turns)
@@ -130,18 +133,19 @@ def _matmul_wgmma_kernel(
     lanes: gl.constexpr = lanes_layout(ROWS)
     line, chunk, target, read, chosen, spot = places(packed_memory(), BACKWARD, ROWS, lanes)
     for s in gl.static_range(2):
-        copy_step(target + s * 32 * ROWS, packed_ptr, line, chunk, row0, step0 + s, True, N, blocks, BACKWARD)
+        copy_step(target + s * 32 * ROWS, packed_ptr, line, chunk, row0, step0 + s, True, N, blocks, UNIT, BACKWARD)
 
     # Scales of STAGES steps at a time are loaded, looked up and stored in three stages.
-    scaling: gl.constexpr = scaling_layout(ROWS, STAGES, BACKWARD)
+    ACROSS: gl.constexpr = (ROWS // 64 if BACKWARD else STAGES) * PER_STEP
+    scaling: gl.constexpr = scaling_layout(ROWS, ACROSS, BACKWARD)
     # Two are used.  The launch asks for more than 48 KiB in all only if this part, without W's bytes, is more.
     SCALES: gl.constexpr = 2 if COLUMNS > 64 else 8
     scales = gl.allocate_shared_memory(
         gl.float32,
-        [SCALES, STAGES * 64 if BACKWARD else ROWS, ROWS // 64 if BACKWARD else STAGES],
+        [SCALES, STAGES * 64 if BACKWARD else ROWS, ACROSS],
         gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
     )
-    stored_as: gl.constexpr = (BACKWARD, NESTED, QUANT_BLOCK // 64, (scales.shape[1], scales.shape[2]), scaling)
+    stored_as: gl.constexpr = (BACKWARD, NESTED, QUANT_BLOCK, (scales.shape[1], scales.shape[2]), scaling)
     stores = (absmax_ptr, absmax_8bit_ptr)
     spots = (chosen, spot, fill_table(table_ptr, WARPS, QUANT_TYPE))
     offset = 0.0
@@ -191,7 +195,7 @@ def _matmul_wgmma_kernel(
                     w_row0, w_step, w_asked = next_row0, next_step, more
                 for s in gl.static_range(2):
                     at = target + (2 - 2 * half + s) * (32 * ROWS)
-                    copy_step(at, packed_ptr, line, chunk, w_row0, w_step + s, w_asked, N, blocks, BACKWARD)
+                    copy_step(at, packed_ptr, line, chunk, w_row0, w_step + s, w_asked, N, blocks, UNIT, BACKWARD)
                 decoded = ()
                 for s in gl.static_range(2):
                     address = read + (2 * half + s) * (32 * ROWS)
@@ -199,7 +203,7 @@ def _matmul_wgmma_kernel(
                         scale = scales.index(parity).slice((2 * half + s) * 64, 64, 0)
                         decoded += (decode_columns(address, spots, scale, how),)
                     else:
-                        scale = scales.index(parity).slice(2 * half + s, 1, 1)
+                        scale = scales.index(parity).slice((2 * half + s) * PER_STEP, PER_STEP, 1)
                         decoded += (decode_rows(address, spots, scale, how),)
                 first, second = decoded
                 # Before the next barrier: Gluon would put another one between this and asking for x.
@@ -303,9 +307,9 @@ def matmul_wgmma_triton(
     Args:
         x: float16 or bfloat16 [M, K] (backward: [M, N], N a multiple of 8), contiguous, aligned to 16 bytes.
         packed: codes of W, contiguous and aligned to 16 bytes, any storage dtype.
-        shape: (N, K) of W; K a multiple of 64.
+        shape: (N, K) of W; K a multiple of 64, or of the block.
         absmax: float32 scales, one a block; with double quantization the scales of `absmax_8bit`, one for 256.
-        blocksize: a multiple of 64.
+        blocksize: 32 or a multiple of 64.
         bias: [N], contiguous, of any dtype, or None; None in the backward product.
         out: [M, N] (backward: [M, K]), contiguous, of x's dtype.
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.

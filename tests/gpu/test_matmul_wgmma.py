@@ -82,13 +82,28 @@ def test_every_tiling_whole_and_split(new_inputs, columns, dtype):
 
 @pytest.mark.parametrize("quant_type", qkernels.QUANT_TYPES)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 def test_blocks_and_types(new_inputs, blocksize, nested, quant_type):
     options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
     for shape in ((96, 4096), (200, 320)):
         for x, packed, state, bias, backward in both_ways(70, *shape, torch.float16, **options):
             y = fused(x, packed, state, bias, backward)
             assert_accurate(y, x, packed, state, bias, backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_blocks_of_32(new_inputs, columns, dtype):
+    # Rows that end in half a step, tiles whole and split, scales so far apart that a wrong one is seen.
+    for M, N, K in ((200, 456, 1504), (70, 1000, 4384), (300, 128, 160)):
+        for nested in (False, True):
+            options = {"blocksize": 32, "compress_statistics": nested, "spread": 10}
+            for x, packed, state, bias, backward in both_ways(M, N, K, dtype, **options):
+                R, C = (K, N) if backward else (N, K)
+                for programs in (1, 5, 132):
+                    config = tiling(M, R, C, columns, programs)
+                    y = fused(x, packed, state, bias, backward, config)
+                    assert_accurate(y, x, packed, state, bias, backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
