@@ -7,7 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..format import NESTED_BLOCKSIZE
-from ._wgmma_weights import code_unit, scale_unit
+from ._wgmma_scales import scale_unit
+from ._wgmma_weights import code_unit
 
 # Triton 3.6 puts no barrier between those of the kernel.  3.9 does, which makes three or four of the two a step, and
 # then warp groups that take turns would wait for each other: there they go together.

@@ -15,6 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from ._wgmma_scales import scales_of_columns, scales_of_rows
+
 # Codes of 4 bits as 16-bit integers, code = integer / divisor.  Of all divisors, NF4's errs least where weights are
 # normally distributed: 3.5e-6 in root mean square.  FP4's are exact.
 CODES16 = {
@@ -142,42 +144,12 @@ def code_unit(quant_type):
 
 
 @gluon.constexpr_function
-def scale_unit(quant_block):
-    """Neighbours in k that share a scale in a step."""
-    return min(quant_block, 64)
-
-
-@gluon.constexpr_function
 def lanes_layout(rows):
     """A value a thread, [groups, warps of a group, 8, 4]: as a tensor core's operand has them."""
     groups = (rows // 64).bit_length() - 1
     lane_bases = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
     warp_bases = [[0, 1, 0, 0], [0, 2, 0, 0]] + [[1 << i, 0, 0, 0] for i in range(groups)]
     return gl.DistributedLinearLayout([], lane_bases, warp_bases, [], [rows // 64, 4, 8, 4])
-
-
-@gluon.constexpr_function
-def paired_lanes_layout(rows):
-    """That with a group's warps as pairs, which have 32 neighbours of k backward: [groups, 2, 2, 8, 4]."""
-    groups = (rows // 64).bit_length() - 1
-    lane_bases = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 0, 4, 0]]
-    warp_bases = [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]] + [[1 << i, 0, 0, 0, 0] for i in range(groups)]
-    return gl.DistributedLinearLayout([], lane_bases, warp_bases, [], [rows // 64, 2, 2, 8, 4])
-
-
-@gluon.constexpr_function
-def scales_layout(rows, per_step, backward):
-    """Scales of a step as the operand's threads want them: [rows, per_step], backward [64 of n, groups * per_step]."""
-    groups = (rows // 64).bit_length() - 1
-    if backward:
-        lane_bases = [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]]
-        warp_bases = [[0, 0], [0, per_step // 2]] + [[0, per_step << i] for i in range(groups)]
-        return gl.DistributedLinearLayout(
-            [[1, 0], [8, 0], [16, 0], [32, 0]], lane_bases, warp_bases, [], [64, rows // 64 * per_step]
-        )
-    lane_bases = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
-    warp_bases = [[16 << i, 0] for i in range(groups + 2)]
-    return gl.DistributedLinearLayout([[8, 0], [0, 1]][:per_step], lane_bases, warp_bases, [], [rows, per_step])
 
 
 @gluon.jit
@@ -295,7 +267,7 @@ def decode_rows(address, spots, scales, how: gl.constexpr):
     words = gl.inline_asm_elementwise(  # [row / 8, k / 32, k / 8]
         _READ_ROWS, _SIXTEEN, [address], dtype=[gl.int32] * 16, is_pure=False, pack=1
     )
-    scale = _scales_of_rows(scales)
+    scale = scales_of_rows(scales)
     of_lanes: gl.constexpr = gl.SliceLayout(3, lanes)
     parts = ()
     for i in gl.static_range(4):
@@ -306,20 +278,6 @@ def decode_rows(address, spots, scales, how: gl.constexpr):
         else:
             parts += _eight(decoding(QUANT_TYPE, DTYPE, False, False), four, (chosen, chosen), (scale_i,), DTYPE)
     return _operand(parts, ROWS, operand)
-
-
-@gluon.jit
-def _scales_of_rows(scales):
-    """[groups, 4, 8] by (row / 8, k / 32)."""
-    ROWS: gl.constexpr = scales.shape[0]
-    PER_STEP: gl.constexpr = scales.shape[1]
-    scale = scales.load(scales_layout(ROWS, PER_STEP, False))
-    if PER_STEP == 1:
-        upper, lower = scale.reshape([ROWS // 64, 4, 2, 8]).permute((0, 1, 3, 2)).split()
-        result = (upper, upper, lower, lower)
-    else:
-        result = _split(scale.reshape([ROWS // 64, 4, 2, 8, 2]).permute((0, 1, 3, 4, 2)), 2)
-    return result
 
 
 @gluon.jit
@@ -338,7 +296,7 @@ def decode_columns(address, spots, scales, how: gl.constexpr):
     words = gl.inline_asm_elementwise(  # [n / 8]
         _READ_COLUMNS, _EIGHT, [address], dtype=[gl.int32] * 8, is_pure=False, pack=1
     )
-    scale = _scales_of_columns(scales, lanes, GROUPS)
+    scale = scales_of_columns(scales, lanes, GROUPS)
     upper = ()  # rows g, and g + 8
     lower = ()
     for i in gl.static_range(4):
@@ -355,36 +313,3 @@ def decode_columns(address, spots, scales, how: gl.constexpr):
         upper += (part[0], part[1], part[4], part[5])
         lower += (part[2], part[3], part[6], part[7])
     return _operand(upper + lower, GROUPS * 64, operand)
-
-
-@gluon.jit
-def _scales_of_columns(scales, lanes: gl.constexpr, GROUPS: gl.constexpr):
-    """As the bytes of a word are laid out, by (n / 32, n / 16, n / 8, n)."""
-    PER_STEP: gl.constexpr = scales.shape[1] // GROUPS
-    scale = scales.load(scales_layout(GROUPS * 64, PER_STEP, True))
-    result = ()
-    if PER_STEP == 1:
-        of_lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lanes))
-        scale = _split(scale.reshape([2, 2, 2, 4, 2, GROUPS]).permute((5, 3, 4, 2, 1, 0)), 4)
-        for i in gl.static_range(16):
-            result += (gl.convert_layout(scale[i], of_lanes, assert_trivial=True)[:, None, None, :],)
-    else:
-        paired: gl.constexpr = paired_lanes_layout(GROUPS * 64)
-        of_pairs: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, paired))
-        scale = _split(scale.reshape([2, 2, 2, 4, 2, GROUPS, 2]).permute((5, 6, 3, 4, 2, 1, 0)), 4)
-        for i in gl.static_range(16):
-            value = gl.convert_layout(scale[i], of_pairs, assert_trivial=True)[:, :, None, None, :]
-            value = value.broadcast_to([GROUPS, 2, 2, 8, 4]).reshape([GROUPS, 4, 8, 4])
-            result += (gl.convert_layout(value, lanes, assert_trivial=True),)
-    return result
-
-
-@gluon.jit
-def _split(value, times: gl.constexpr):
-    """By the last dimensions, each of two, the last one first."""
-    low, high = value.split()
-    if times == 1:
-        result = (low, high)
-    else:
-        result = _split(low, times - 1) + _split(high, times - 1)
-    return result

@@ -51,6 +51,7 @@ from ._wgmma import (
     store_tile,
     take_part,
 )
+from ._wgmma_scales import scale_unit
 from ._wgmma_weights import (
     copy_step,
     decode_columns,
@@ -59,7 +60,6 @@ from ._wgmma_weights import (
     lanes_layout,
     packed_memory,
     places,
-    scale_unit,
 )
 
 
