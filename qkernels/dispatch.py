@@ -86,19 +86,20 @@ class Rule(NamedTuple):
 
 def _refuse_skinny(product: Product) -> str | None:
     M, N, K = product[:3]
-    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm, N, K)
+    blocksize = product.blocksize
+    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm, N, K, blocksize)
     if product.dtype == torch.float32 or (product.dtype == torch.bfloat16 and product.sm < 80):
         return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
     if not 1 <= M <= limit:
         return f"M={M} is not in 1 to {limit}"
-    if K % 64 or product.blocksize < 64:
-        return f"K={K} and blocks of {product.blocksize} are not both multiples of 64"
+    if product.backward and (K % 64 or blocksize < 64):
+        return f"K={K} and blocks of {blocksize} are not both multiples of 64"
     if not product.aligned:
         return "the packed weight is not aligned to 16 bytes"
     if product.backward:
         return f"N={N} is below 8" if skinny_dx_config(M, N, K, product.sm) is None else None
-    if skinny_config(M, N, K, product.sm) is None:
-        return f"N={N} is below 16, or the scales of K={K} exceed shared memory"
+    if skinny_config(M, N, K, product.sm, blocksize) is None:
+        return f"N={N} is below 16, K={K} is below 64, or the scales of K={K} exceed shared memory"
     return None
 
 

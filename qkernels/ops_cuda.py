@@ -151,7 +151,7 @@ def plan_gemm_4bit(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan:
     implementation = choose(product).implementation
     if implementation == SKINNY:
         sizes = product.M, product.N, product.K
-        config = skinny_config(*sizes, product.sm)
+        config = skinny_config(*sizes, product.sm, blocksize)
         assert config is not None
         kind = A.dtype, blocksize, quant_type, nested[0] is not None, bias is not None
         shape = (*A.shape[:-1], product.N)

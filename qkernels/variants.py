@@ -23,7 +23,7 @@ from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
-from .kernels.matmul_skinny import _matmul_skinny_kernel, skinny_constants
+from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
@@ -236,6 +236,9 @@ def _lora() -> Iterator[Variant]:
 
 # (N, K): query_key_value and dense_4h_to_h of Bloom-7B1, down_proj of Llama-2-7B, and a K that ends in half a chunk.
 _SKINNY_SHAPES = ((12288, 4096), (4096, 16384), (4096, 11008), (1000, 4160))
+# (N, K, blocksize) of rows that are not whole blocks: of SigLIP and of Qwen2.5-VL, one that begins in the middle of a
+# byte and whose bytes are no multiple of 16, and Bloom-7B1's in blocks of 32.
+_RAGGED_SHAPES = ((1152, 4304, 64), (1280, 3420, 64), (1001, 1037, 64), (4096, 4096, 32))
 
 
 def _matmul_skinny(sm: int) -> Iterator[Variant]:
@@ -245,15 +248,21 @@ def _matmul_skinny(sm: int) -> Iterator[Variant]:
                 for nested in (False, True) if K == 4096 else (True,):
                     yield skinny_variant(M, N, K, sm, dtype, "nf4", 64, nested, has_bias=nested)
     yield skinny_variant(3, 12288, 4096, sm, "fp16", "fp4", 256, True, has_bias=False)
+    for M in (1, 8, 16, 32):
+        for N, K, blocksize in _RAGGED_SHAPES:
+            yield skinny_variant(M, N, K, sm, "fp16", "nf4", blocksize, True, has_bias=True)
+    if sm >= 80:
+        yield skinny_variant(16, 1152, 4304, sm, "bf16", "nf4", 64, False, has_bias=False)
 
 
 def skinny_variant(
     M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool, has_bias: bool
 ) -> Variant:
     """The one that `matmul_skinny_triton` would launch."""
-    config = skinny_config(M, N, K, sm)
+    config = skinny_config(M, N, K, sm, blocksize)
     assert config is not None
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    phases, tail = ragged_constants(N, K, blocksize)
     pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias = {"bias_ptr": f"*{dtype}"}
@@ -266,6 +275,8 @@ def skinny_variant(
         "QUANT_BLOCK": blocksize,
         "HAS_BIAS": has_bias,
         **skinny_constants(config, torch_dtype),
+        "PHASES": phases,
+        "TAIL": tail,
     }
     return Variant(
         f"matmul_skinny M={M} N={N} K={K} {dtype} {quant_type} blocksize={blocksize}"

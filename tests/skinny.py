@@ -34,7 +34,7 @@ def exact_weight(packed: Tensor, state: qkernels.QuantState) -> Tensor:
     """W in float64, of float32 codes and float32 scales: nothing is rounded to 16 bits."""
     code = code_table(state.quant_type, packed.device).double()
     byte = packed.view(-1).view(torch.uint8).long()
-    codes = torch.stack([code[byte >> 4], code[byte & 15]], 1).view(state.shape)
+    codes = torch.stack([code[byte >> 4], code[byte & 15]], 1).view(-1)[: state.shape.numel()].view(state.shape)
     absmax = state.absmax
     if state.nested:
         absmax = decode_absmax_reference(state.absmax, state.state2.absmax, state.state2.code, state.offset)

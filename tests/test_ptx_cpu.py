@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import skinny
 import torch
+from exact import assert_bits_equal
 from ptx_cpu import CpuKernel
 
+from qkernels.tuning.skinny import programs
 from qkernels.variants import skinny_dx_variant, skinny_variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,17 +44,61 @@ def test_dx_in_bfloat16():
     skinny.assert_dx_accurate(dx, dy, packed, state)
 
 
+def forward(arch, x, packed, state, bias):
+    """x W^T by the compiled variant that would be launched."""
+    (M, K), N = x.shape, state.shape[0]
+    kind = "bf16" if x.dtype == torch.bfloat16 else "fp16", state.quant_type, state.blocksize, state.nested
+    variant = skinny_variant(M, N, K, int(arch.removeprefix("sm_")), *kind, bias is not None)
+    y = x.new_full((M, N), torch.nan)
+    arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": y, "M": M, "N": N}
+    grid = -(-M // variant.config.columns), programs(N, K, state.blocksize, variant.config.rows), 1
+    CpuKernel(variant, arch)(grid, arguments | skinny.scale_arguments(state))
+    return y
+
+
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 @pytest.mark.parametrize(("M", "N", "K"), [(3, 40, 192), (8, 48, 64), (29, 50, 192)])
 def test_forward(arch, M, N, K):
-    sm = int(arch.removeprefix("sm_"))
     packed, state = skinny.weight(N, K, torch.float16, device="cpu")
-    variant = skinny_variant(M, N, K, sm, "fp16", "nf4", 64, nested=True, has_bias=True)
-    x, bias, y = torch.randn(M, K).half(), torch.randn(N).half(), torch.full((M, N), torch.nan).half()
-    arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": y, "M": M, "N": N}
-    grid = -(-M // variant.config.columns), -(-N // variant.config.rows), 1
-    CpuKernel(variant, arch)(grid, arguments | skinny.scale_arguments(state))
-    skinny.assert_accurate(y, x, packed, state, bias)
+    x, bias = torch.randn(M, K).half(), torch.randn(N).half()
+    skinny.assert_accurate(forward(arch, x, packed, state, bias), x, packed, state, bias)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "options"),
+    [
+        (3, 40, 144, {}),  # four kinds of rows
+        (11, 150, 140, {}),  # sixteen, of which some have a row more; x in eights of bytes
+        (2, 35, 74, {"compress_statistics": False}),  # x in fours of bytes; W's last bytes are no 16
+        (9, 77, 137, {}),  # rows that begin in the middle of a byte, and more kinds than the last tile has rows
+        (4, 16, 333, {"blocksize": 4096, "quant_type": "fp4"}),  # blocks of several rows
+        (2, 40, 192, {"blocksize": 32}),  # whole rows of blocks that are small
+        (37, 33, 84, {"blocksize": 32}),  # and neither
+    ],
+)
+def test_forward_of_rows_that_are_not_whole_blocks(arch, M, N, K, options):
+    packed, state = skinny.weight(N, K, torch.float16, device="cpu", **options)
+    x, bias = torch.randn(M, K).half(), torch.randn(N).half()
+    skinny.assert_accurate(forward(arch, x, packed, state, bias), x, packed, state, bias)
+
+
+@pytest.mark.parametrize("M", [2, 5])
+@pytest.mark.parametrize("blocksize", [32, 64])
+def test_a_scale_that_is_nan_spoils_the_rows_of_its_block_and_no_others(M, blocksize):
+    N, K = 33, 84
+    packed, state = skinny.weight(N, K, torch.bfloat16, device="cpu", blocksize=blocksize, compress_statistics=False)
+    x = torch.randn(M, K).bfloat16()
+    expected = forward("sm_80", x, packed, state, None)
+    for block in (0, 5, 6, len(state.absmax) - 1):
+        scale = state.absmax[block].item()
+        state.absmax[block] = torch.nan
+        y = forward("sm_80", x, packed, state, None)
+        state.absmax[block] = scale
+        rows = torch.arange(N * K).view(N, K) // blocksize
+        spoilt = (rows == block).any(1)
+        assert y[:, spoilt].isnan().all()
+        assert_bits_equal(y[:, ~spoilt], expected[:, ~spoilt])
 
 
 def test_what_is_outside_is_an_error():

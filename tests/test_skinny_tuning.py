@@ -7,8 +7,20 @@ import torch
 
 import qkernels
 from qkernels.dispatch import DEQUANTIZE, SKINNY
-from qkernels.tuning.skinny import PROCESSORS, SHARED_LIMIT_BYTES, generation, shared_bytes, skinny_config, skinny_limit
+from qkernels.tuning.skinny import (
+    PROCESSORS,
+    SHARED_LIMIT_BYTES,
+    chunks,
+    generation,
+    phases,
+    programs,
+    shared_bytes,
+    skinny_config,
+    skinny_limit,
+)
 
+# (N, K, blocksize) of rows that are not whole blocks of 64.
+RAGGED = [(1152, 4304, 64), (1280, 3420, 128), (4096, 4095, 64), (100, 1001, 4096), (12288, 4096, 32), (1000, 84, 32)]
 SHAPES = [(16, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (11008, 4096), (28672, 8192), (8192, 28672)]
 
 
@@ -27,6 +39,30 @@ def test_every_configuration_can_be_launched(N, K, sm):
         assert used <= config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
         assert used == config.shared_bytes or (M <= 4 and config.early)
         assert config.early == (sm >= 90 and not 4 < M <= 8)
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
+def test_every_configuration_for_other_rows_can_be_launched(N, K, blocksize, sm):
+    for M in range(1, skinny_limit(sm, N, K, blocksize) + 1):
+        config = skinny_config(M, N, K, sm, blocksize)
+        assert config is not None
+        assert min(M, 32) <= config.columns <= 2 * max(M, 4)
+        assert config.paired == (M in range(1, 3 if blocksize == 32 else 5))
+        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps, blocksize)
+        assert used <= config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
+
+
+@pytest.mark.parametrize(("N", "K", "blocksize"), [*RAGGED, (5, 65, 64), (12288, 4096, 64), (333, 1088, 64)])
+def test_every_row_has_a_program_and_all_rows_of_a_program_begin_alike(N, K, blocksize):
+    apart = min(max(1, phases(K, blocksize)), N)
+    for rows in (16, 48):
+        count = programs(N, K, blocksize, rows)
+        assert count % apart == 0
+        assert count // apart * rows >= len(range(0, N, apart)) > (count // apart - 1) * rows
+        starts = [n * K % 64 for n in range(N)]
+        assert all(len(set(starts[phase::apart])) == 1 for phase in range(apart)) or apart == N
+        assert chunks(K) * 128 >= max(starts) + K
 
 
 @pytest.mark.parametrize(("N", "K", "share"), [(4096, 4096, 2), (4096, 16384, 2), (2048, 4096, 1)])
@@ -63,7 +99,8 @@ def test_what_no_program_fits():
         ((4096, 4096, 4096, torch.float16, (8, 0)), "M=4096 is not in 1 to"),
         ((4096, 4096, 4096, torch.float16, (9, 0)), "M=4096 is not in 1 to"),
         ((1, 4096, 4096, torch.float16, (7, 0)), "M=1 is not in 1 to 0"),
-        ((1, 4096, 4100, torch.float16, (9, 0)), "K=4100"),
+        ((1, 4096, 63, torch.float16, (9, 0)), "K=63 is below 64"),
+        ((1, 15, 4100, torch.float16, (9, 0)), "N=15 is below 16"),
         ((1, 15, 4096, torch.float16, (9, 0)), "N=15 is below 16"),
     ],
 )
@@ -73,8 +110,12 @@ def test_why_not(arguments, reason):
     assert reason in said
 
 
-def test_why_not_for_small_blocks():
-    assert "blocks of 32" in qkernels.explain(1, 4096, 4096, device=(9, 0), blocksize=32).reason
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)])
+@pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
+def test_rows_that_are_not_whole_blocks_are_fused(N, K, blocksize, capability):
+    for M in (1, 4, 5, 32):
+        chosen = qkernels.explain(M, N, K, torch.float16, capability, blocksize=blocksize)
+        assert chosen.implementation == SKINNY
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)])

@@ -21,6 +21,7 @@ _LOAD_IF = gl.constexpr(
 )
 _STORE_SHARED_PAIR = gl.constexpr("{ st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }")
 _FROM_LANE = gl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
+_SWAP_1 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;")
 _SWAP = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
 
 
@@ -139,9 +140,11 @@ def warp_number(WARPS: gl.constexpr):
 
 
 @gluon.jit
-def swap_halves(value):
-    """The value of lane ^ 2."""
-    return gl.inline_asm_elementwise(_SWAP, "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
+def from_neighbour(value, STEP: gl.constexpr):
+    """The value of lane ^ STEP, 1 or 2."""
+    return gl.inline_asm_elementwise(
+        _SWAP if STEP == 2 else _SWAP_1, "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

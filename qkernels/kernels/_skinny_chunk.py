@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ._lanes import load_shared, look_up, mma, swap_halves
+from ._lanes import from_neighbour, load_shared, look_up, mma
 
 
 @gluon.jit
@@ -29,33 +29,66 @@ def _add_scaled(acc, ACC: gl.constexpr, part, scale, scale_8):
 
 
 @gluon.jit
-def paired_chunk(acc, w, x, scales, lane, TILES: gl.constexpr, KIND: gl.constexpr):
+def paired_chunk(acc, w, x, scales, lane, BLOCK: gl.constexpr, TILES: gl.constexpr, KIND: gl.constexpr):
     """Add a chunk's product for M <= 4: lanes 0 and 1 of a quad have the sums of the first block of 64, lanes 2 and 3
-    those of the second."""
+    those of the second.  With blocks of 32, M <= 2, each has those of its own."""
+    SCALES: gl.constexpr = 128 // BLOCK
     sums = ()
     for tile in gl.static_range(TILES):
         part = zeros(lane)
         for word in gl.static_range(4):
             a = look_up(w[8 * tile + word], w[8 * tile + 4 + word], lane * 4)
             part = mma(a, x, 4 * word, part, KIND)
-        here = scales + 128 * tile + lane % 4 // 2 * 4
-        sums = sums + _add_scaled(acc, 4 * tile, part, load_shared(here), load_shared(here + 64))
+        here = scales + 64 * SCALES * tile + lane % 4 // (4 // SCALES) * 4
+        sums = sums + _add_scaled(acc, 4 * tile, part, load_shared(here), load_shared(here + 32 * SCALES))
     return sums
 
 
 @gluon.jit
-def swapped(w, lane, TILES: gl.constexpr):
+def _swapped(w, lane, TILES: gl.constexpr):
     """Of four words of a row, of which lanes t < 2 have the first block of 64 and the others the second: two words of
     the first block and two of the second, in every lane.  Even words go to lanes t < 2 and odd words to the others, so
     that four lanes' loads of x fill whole sectors of 32 bytes."""
     low = lane % 4 < 2
     swapped = ()
     for i in gl.static_range(2 * TILES):
-        other = swap_halves(gl.where(low, w[4 * i + 1], w[4 * i]))
-        other_1 = swap_halves(gl.where(low, w[4 * i + 3], w[4 * i + 2]))
+        other = from_neighbour(gl.where(low, w[4 * i + 1], w[4 * i]), 2)
+        other_1 = from_neighbour(gl.where(low, w[4 * i + 3], w[4 * i + 2]), 2)
         swapped = swapped + (gl.where(low, w[4 * i], other), gl.where(low, w[4 * i + 2], other_1))
         swapped = swapped + (gl.where(low, other, w[4 * i + 1]), gl.where(low, other_1, w[4 * i + 3]))
     return swapped
+
+
+@gluon.jit
+def _exchanged(low, a, b, STEP: gl.constexpr):
+    """The first lane of a pair gets both a, the other both b."""
+    other = from_neighbour(gl.where(low, b, a), STEP)
+    return gl.where(low, a, other), gl.where(low, other, b)
+
+
+@gluon.jit
+def _transposed(w, lane, TILES: gl.constexpr):
+    """Of four words of a row, which are a lane's own block of 32: one word of each of the quad's blocks."""
+    even = lane % 2 == 0
+    low = lane % 4 < 2
+    transposed = ()
+    for i in gl.static_range(2 * TILES):
+        a, b = _exchanged(even, w[4 * i], w[4 * i + 1], 1)
+        c, d = _exchanged(even, w[4 * i + 2], w[4 * i + 3], 1)
+        a, c = _exchanged(low, a, c, 2)
+        b, d = _exchanged(low, b, d, 2)
+        transposed = transposed + (a, b, c, d)
+    return transposed
+
+
+@gluon.jit
+def shared_out(w, lane, BLOCK: gl.constexpr, TILES: gl.constexpr):
+    """The words of a chunk so that those at one place are of one block in all lanes of a quad."""
+    if BLOCK == 64:
+        w = _swapped(w, lane, TILES)
+    else:
+        w = _transposed(w, lane, TILES)
+    return w
 
 
 @gluon.jit
@@ -66,18 +99,29 @@ def half_chunk(
     scales,
     lane,
     HALF: gl.constexpr,
+    BLOCK: gl.constexpr,
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
     KIND: gl.constexpr,
 ):
     """Add the product of half a chunk, 64 k, for all columns of x."""
+    SCALES: gl.constexpr = 128 // BLOCK
     sums = ()
     for tile in gl.static_range(TILES):
         a = look_up(w[8 * tile + 2 * HALF], w[8 * tile + 4 + 2 * HALF], lane * 4)
         a_1 = look_up(w[8 * tile + 2 * HALF + 1], w[8 * tile + 5 + 2 * HALF], lane * 4)
-        scale = load_shared(scales + 128 * tile + 4 * HALF)
-        scale_8 = load_shared(scales + 128 * tile + 64 + 4 * HALF)
+        here = scales + 64 * SCALES * tile + 2 * SCALES * HALF
+        scale = load_shared(here)
+        scale_8 = load_shared(here + 32 * SCALES)
+        if BLOCK == 32:
+            scale_1 = load_shared(here + 4)
+            scale_9 = load_shared(here + 4 + 32 * SCALES)
         for j in gl.static_range(GROUPS):
-            part = mma(a_1, x, 8 * j + 4, mma(a, x, 8 * j, zeros(lane), KIND), KIND)
-            sums = sums + _add_scaled(acc, 4 * (GROUPS * tile + j), part, scale, scale_8)
+            if BLOCK == 64:
+                part = mma(a_1, x, 8 * j + 4, mma(a, x, 8 * j, zeros(lane), KIND), KIND)
+                sums = sums + _add_scaled(acc, 4 * (GROUPS * tile + j), part, scale, scale_8)
+            else:
+                part = mma(a, x, 8 * j, zeros(lane), KIND)
+                first = _add_scaled(acc, 4 * (GROUPS * tile + j), part, scale, scale_8)
+                sums = sums + _add_scaled(first, 0, mma(a_1, x, 8 * j + 4, zeros(lane), KIND), scale_1, scale_9)
     return sums

@@ -5,20 +5,43 @@ The kernel and the reasons for these layouts are in `matmul_skinny.py`.
 
 from __future__ import annotations
 
+import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..tuning.skinny import CHUNK as _CHUNK_SIZE
+from ..tuning.skinny import chunks
 from ._early import fetch
 from ._lanes import from_lane, load_if, load_once, load_shared, store_shared, store_shared_pair
+from ._ragged_rows import fetch_ragged, load_eight, load_ragged, window_of
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
+chunks_of = triton.constexpr_function(chunks)
 SCALE_BATCH = gl.constexpr(4)  # pairs of scales that a lane loads at once
 
 
 @gluon.jit
-def load_weights(address, K: gl.constexpr, TILES: gl.constexpr):
+def load_weights(
+    address,
+    chunk,
+    t,
+    shift,
+    last,
+    K: gl.constexpr,
+    PHASES: gl.constexpr,
+    TAIL: gl.constexpr,
+    TILES: gl.constexpr,
+):
     """16 bytes of rows g and g + 8 of each tile: 8 TILES registers."""
+    if PHASES > 0:
+        w = load_ragged(address, chunk, t, shift, last, K, TAIL, TILES)
+    else:
+        w = _load_whole(address + _chunk_offset(chunk, t, K), K, TILES)
+    return w
+
+
+@gluon.jit
+def _load_whole(address, K: gl.constexpr, TILES: gl.constexpr):
     w = load_once(address) + load_once(address + 8 * (K // 2))
     for tile in gl.static_range(1, TILES):
         w = w + load_once(address + 16 * tile * (K // 2)) + load_once(address + (16 * tile + 8) * (K // 2))
@@ -26,15 +49,19 @@ def load_weights(address, K: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_weights(address, K: gl.constexpr, TILES: gl.constexpr):
+def fetch_weights(address, chunk, t, shift, K: gl.constexpr, PHASES: gl.constexpr, TILES: gl.constexpr):
     """Bring what `load_weights` would load into the L2 cache."""
-    for tile in gl.static_range(TILES):
-        fetch(address + 16 * tile * (K // 2))
-        fetch(address + (16 * tile + 8) * (K // 2))
+    if PHASES > 0:
+        fetch_ragged(address, chunk, t, shift, K, TILES)
+    else:
+        address += _chunk_offset(chunk, t, K)
+        for tile in gl.static_range(TILES):
+            fetch(address + 16 * tile * (K // 2))
+            fetch(address + (16 * tile + 8) * (K // 2))
 
 
 @gluon.jit
-def chunk_offset(chunk, t, K: gl.constexpr):
+def _chunk_offset(chunk, t, K: gl.constexpr):
     """Bytes from a row's start to a chunk; where the last is half a chunk, lanes past its end stay within it."""
     offset = chunk * (CHUNK // 2)
     if K % CHUNK:
@@ -43,26 +70,52 @@ def chunk_offset(chunk, t, K: gl.constexpr):
 
 
 @gluon.jit
-def load_x_paired(address, chunk, t, inside, K: gl.constexpr):
-    """x of one chunk for M <= 4, in the fragments' order of k: 16 registers."""
-    if K % CHUNK:
-        inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
-    x = ()
-    for part in gl.static_range(4):
-        x = x + load_if(address + chunk * (2 * CHUNK) + 16 * part, inside)
+def _load_eight(address, k, inside, K: gl.constexpr, PHASES: gl.constexpr):
+    """Eight elements of x from k on: four registers."""
+    if PHASES > 0:
+        x = load_eight(address, k, inside, K)
+    else:
+        x = load_if(address, inside)
     return x
 
 
 @gluon.jit
-def load_x(address, chunk, column, inside, M, HALF: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr):
+def load_x_paired(address, first_k, chunk, t, inside, K: gl.constexpr, PHASES: gl.constexpr):
+    """x of one chunk for M <= 4, in the fragments' order of k: 16 registers."""
+    if PHASES == 0 and K % CHUNK:
+        inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
+    k = first_k + chunk * CHUNK
+    x = ()
+    for part in gl.static_range(4):
+        x = x + _load_eight(address + chunk * (2 * CHUNK) + 16 * part, k + 8 * part, inside, K, PHASES)
+    return x
+
+
+@gluon.jit
+def load_x(
+    address,
+    first_k,
+    chunk,
+    column,
+    inside,
+    M,
+    HALF: gl.constexpr,
+    K: gl.constexpr,
+    BLOCK: gl.constexpr,
+    PHASES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
     """x of the first or second half of a chunk, in the fragments' order of k: 8 registers for each 8 columns."""
-    if HALF == 1 and K % CHUNK:
+    if HALF == 1 and PHASES == 0 and K % CHUNK:
         inside = inside & (chunk < K // CHUNK).to(gl.int32)
+    SECOND: gl.constexpr = 16 if BLOCK == 64 else 32
+    k = first_k + chunk * CHUNK + HALF * (CHUNK // 2)
     x = ()
     for j in gl.static_range(COLUMNS // 8):
         here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * K
         group = inside & (column + 8 * j < M).to(gl.int32)
-        x = x + load_if(here, group) + load_if(here + 32, group)
+        x = x + _load_eight(here, k, group, K, PHASES)
+        x = x + _load_eight(here + 2 * SECOND, k + SECOND, group, K, PHASES)
     return x
 
 
@@ -94,9 +147,9 @@ def store_map(map_address, entries, thread, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, K: gl.constexpr, num_warps: gl.constexpr):
-    """Row of the program and chunk of the scales that a lane has in a turn: lanes over chunks, warps over rows."""
-    SPANS: gl.constexpr = (K // 64 + 63) // 64  # of 32 chunks
+def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, PAIRS: gl.constexpr, num_warps: gl.constexpr):
+    """Row of the program and pair of its scales that a lane has in a turn: lanes over pairs, warps over rows."""
+    SPANS: gl.constexpr = (PAIRS + 31) // 32
     return (BATCH * SCALE_BATCH + i) // SPANS * num_warps + warp, (BATCH * SCALE_BATCH + i) % SPANS * 32 + lane
 
 
@@ -104,7 +157,7 @@ def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, K: gl.constex
 def load_scales(
     absmax_ptr,
     absmax_8bit_ptr,
-    first_row,
+    rows,
     warp,
     lane,
     BATCH: gl.constexpr,
@@ -113,23 +166,37 @@ def load_scales(
     NESTED_BLOCK: gl.constexpr,
     QUANT_BLOCK: gl.constexpr,
     ROWS: gl.constexpr,
+    PHASES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Two scales for each chunk of 128 k: (first, second), nested (first's and second's index, and their scales)."""
-    PER_BLOCK: gl.constexpr = QUANT_BLOCK // 64
+    """Two scales for each 128 k, four in blocks of 32: of two (first, second), nested (first's and second's index, and
+    their scales).  `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that."""
+    BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
+    PER_BLOCK: gl.constexpr = QUANT_BLOCK // BLOCK
     loaded = ()
     for i in gl.static_range(SCALE_BATCH):
-        row, chunk = _scale_place(BATCH, i, warp, lane, K, num_warps)
-        half = (first_row + row) * (K // 64) + chunk * 2  # counted in 64 weights
-        inside = (chunk * 2 < K // 64) & (row < ROWS)
-        inside_2 = (chunk * 2 + 1 < K // 64) & (row < ROWS)
+        row, pair = _scale_place(BATCH, i, warp, lane, chunks_of(K) * (64 // BLOCK), num_warps)
+        if PHASES > 0:
+            window = window_of(gl.minimum(rows[0] + row, rows[2] - 1), rows[1], K, PHASES)
+            half = window * (64 // BLOCK) + pair * 2
+            shift = rows[1] * (K % 64) % 64
+            begin = shift // BLOCK  # a block of 32 before it is all of the row before
+            halves = (shift + (K - 1)) // BLOCK + 1
+        else:
+            half = (rows[0] + row) * (K // 64) + pair * 2  # counted in 64 weights
+            begin = 0
+            halves = K // 64
+        inside = (pair * 2 < halves) & (row < ROWS)
+        if BLOCK == 32:
+            inside = inside & (pair * 2 >= begin)
+        inside_2 = (pair * 2 + 1 < halves) & (row < ROWS)
         if NESTED:
             loaded = loaded + (
                 gl.load(absmax_8bit_ptr + half // PER_BLOCK, mask=inside, other=0),
                 gl.load(absmax_8bit_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0),
                 gl.load(absmax_ptr + half // (PER_BLOCK * NESTED_BLOCK), mask=inside, other=0.0),
             )
-            if K % CHUNK:
+            if K % CHUNK or PHASES > 0:
                 second = gl.load(absmax_ptr + (half + 1) // (PER_BLOCK * NESTED_BLOCK), mask=inside_2, other=0.0)
                 loaded = loaded + (second,)
             else:  # an even first half: both are in the same block of scales
@@ -171,11 +238,13 @@ def store_scales(
     BATCH: gl.constexpr,
     K: gl.constexpr,
     NESTED: gl.constexpr,
+    BLOCK: gl.constexpr,
     ROWS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Decode what `load_scales` loaded and lay it out as [chunk][row][2], float32."""
-    CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
+    """Decode what `load_scales` loaded and lay it out as [chunk][row][CHUNK / BLOCK], float32."""
+    PAIRS: gl.constexpr = 64 // BLOCK  # of a chunk
+    CHUNKS: gl.constexpr = chunks_of(K)
     for i in gl.static_range(SCALE_BATCH):
         if NESTED:
             scale = load_shared(map_address + loaded[4 * i].to(gl.int32) * 4) * loaded[4 * i + 2] + offset
@@ -183,8 +252,9 @@ def store_scales(
         else:
             scale = loaded[2 * i]
             scale_2 = loaded[2 * i + 1]
-        row, chunk = _scale_place(BATCH, i, warp, lane, K, num_warps)
-        # What is outside goes behind the last chunk.  8 more bytes a chunk keep the lanes' banks apart.
-        inside = (chunk < CHUNKS) & (row < ROWS)
-        place = gl.where(inside, chunk * (ROWS * 8 + 8) + row * 8, CHUNKS * (ROWS * 8 + 8))
+        row, pair = _scale_place(BATCH, i, warp, lane, CHUNKS * PAIRS, num_warps)
+        # What is outside goes behind the last chunk.  A row more a chunk keeps the lanes' banks apart.
+        inside = (pair < CHUNKS * PAIRS) & (row < ROWS)
+        place = pair // PAIRS * ((ROWS + 1) * 8 * PAIRS) + row * (8 * PAIRS) + pair % PAIRS * 8
+        place = gl.where(inside, place, CHUNKS * (ROWS + 1) * 8 * PAIRS)
         store_shared_pair(shared + place, scale, scale_2)

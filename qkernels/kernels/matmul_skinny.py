@@ -13,6 +13,8 @@ its own bytes into its own fragment:
   bytes lie in two quantization blocks of 64, which one instruction would add up: lanes t and t ^ 2 swap half of them
   first.  For M <= 4 the swap is spared (PAIRED): the instruction's first four columns are x where the block is the
   first and zero where it is the second, the other four the other way round.
+* **Blocks of 32**, four of them to a chunk, are shared out likewise; PAIRED is for M <= 2 then, two columns a block.
+* **Rows that are not whole blocks** are read in W's windows of 64, and only x from another place (`_ragged_rows.py`).
 * **The sum over warps** goes through shared memory in a fixed order: equal inputs give equal bits.
 
 Codes are held times alpha (`_pairs.py`), and the sum is divided by it.
@@ -29,16 +31,17 @@ from triton.experimental import gluon
 from ..format import NESTED_BLOCKSIZE
 from ..tuning.skinny import MAP_BYTES as _MAP_SIZE
 from ..tuning.skinny import TABLE_BYTES as _TABLE_SIZE
-from ..tuning.skinny import SkinnyConfig
+from ..tuning.skinny import SkinnyConfig, phases, programs
 from ._early import let_next_begin, wait_for_previous
-from ._lanes import load_shared, shared_address, store_shared, wait_for_all, warp_number
+from ._lanes import shared_address, store_shared, wait_for_all, warp_number
 from ._launch import Launch, early_and_late
 from ._pairs import ALPHA, pair_codes
-from ._skinny_chunk import half_chunk, paired_chunk, swapped, zeros
+from ._ragged_rows import load_last, phase_of, row_addresses
+from ._skinny_chunk import half_chunk, paired_chunk, shared_out, zeros
 from ._skinny_inputs import (
     CHUNK,
     SCALE_BATCH,
-    chunk_offset,
+    chunks_of,
     fetch_scales,
     fetch_weights,
     fill_table,
@@ -50,56 +53,10 @@ from ._skinny_inputs import (
     store_map,
     store_scales,
 )
+from ._skinny_sums import add_and_store
 
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
 MAP_BYTES = gl.constexpr(_MAP_SIZE)
-
-
-@gluon.jit
-def _store(
-    shared,
-    bias_ptr,
-    out_ptr,
-    thread,
-    first_row,
-    M,
-    N,
-    HAS_BIAS: gl.constexpr,
-    ALPHA: gl.constexpr,
-    PAIRED: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    ROW_WARPS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Add up the warps along K, in their order, and store.  Shared memory holds [value][thread], float32."""
-    K_WARPS: gl.constexpr = num_warps // ROW_WARPS
-    THREADS: gl.constexpr = 32 * num_warps
-    VALUES: gl.constexpr = TILES * GROUPS * 4
-    RESULTS: gl.constexpr = VALUES * ROW_WARPS * 32
-    for first in gl.static_range(0, RESULTS, THREADS):
-        result = first + thread
-        lane = result % 32
-        row_warp = result // 32 % ROW_WARPS
-        value = gl.minimum(result // (32 * ROW_WARPS), VALUES - 1)
-        address = shared + (value * THREADS + row_warp * (32 * K_WARPS) + lane) * 4
-        total = load_shared(address)
-        for k_warp in gl.static_range(1, K_WARPS):
-            total += load_shared(address + 128 * k_warp)
-        column = value // 4 % GROUPS * 8 + lane % 4 * 2 + value % 2
-        inside = result < RESULTS
-        if PAIRED:  # the sums of the second block of 64 are two lanes further on
-            second = load_shared(address + 8)
-            for k_warp in gl.static_range(1, K_WARPS):
-                second += load_shared(address + 8 + 128 * k_warp)
-            total += second
-            inside = inside & (lane % 4 < 2)
-        row = first_row + (row_warp * TILES + value // (4 * GROUPS)) * 16 + value // 2 % 2 * 8 + lane // 4
-        inside = inside & (column < M)
-        total = total * (1.0 / ALPHA)
-        if HAS_BIAS:
-            total += gl.load(bias_ptr + row, mask=inside, other=0.0).to(gl.float32)
-        gl.store(out_ptr + column.to(gl.int64) * N + row, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
@@ -128,14 +85,18 @@ def _matmul_skinny_kernel(
     ROW_WARPS: gl.constexpr,
     EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
+    PHASES: gl.constexpr,
+    TAIL: gl.constexpr,
 ):
     num_warps: gl.constexpr = gl.num_warps()
     K_WARPS: gl.constexpr = num_warps // ROW_WARPS
     THREADS: gl.constexpr = 32 * num_warps
     ROWS: gl.constexpr = 16 * TILES * ROW_WARPS
     GROUPS: gl.constexpr = COLUMNS // 8
-    CHUNKS: gl.constexpr = (K + CHUNK - 1) // CHUNK
-    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((CHUNKS + 31) // 32)
+    BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
+    SCALES: gl.constexpr = CHUNK // BLOCK  # of a row and chunk
+    CHUNKS: gl.constexpr = chunks_of(K)
+    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((CHUNKS * SCALES // 2 + 31) // 32)
     SCALE_BATCHES: gl.constexpr = (SCALE_TURNS + SCALE_BATCH - 1) // SCALE_BATCH
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     memory = gl.allocate_shared_memory(
@@ -155,37 +116,66 @@ def _matmul_skinny_kernel(
     x_ptr += gl.program_id(0) * (COLUMNS * K)
     out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
     M -= gl.program_id(0) * COLUMNS
-    # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
-    first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
-    row = first_row + row_warp * (16 * TILES) + g
-    w_address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
+    if PHASES > 0:
+        phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, K, PHASES)
+        first_row = number * ROWS
+        row = first_row + row_warp * (16 * TILES) + g
+        rows = (first_row, phase, phase_rows)
+        w_address = row_addresses(packed_ptr, row, t, phase, phase_rows, K, PHASES, TILES)
+    else:
+        # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
+        first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
+        row = first_row + row_warp * (16 * TILES) + g
+        rows = (first_row,)
+        w_address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
+        shift = 0
     if PAIRED:
-        column = g % 4
-        inside = ((column < M) & (g // 4 == t // 2)).to(gl.int32)
-        x_address = x_ptr.to(gl.int64) + (column * K + t * 32) * 2
+        column = g % (8 // SCALES)
+        inside = ((column < M) & (g // (8 // SCALES) == t // (4 // SCALES))).to(gl.int32)
+        x_row = column * K
+        lane_k = t * 32
     else:
         column = g
         inside = lane * 0 + 1
-        x_address = x_ptr.to(gl.int64) + (column * K + t % 2 * 32 + t // 2 * 8) * 2
+        x_row = column * K
+        lane_k = t % 2 * 32 + t // 2 * 8 if BLOCK == 64 else t * 8
+    x_address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
+    first_k = lane_k - shift
 
     if EARLY:
         fill_table(shared, warp, lane, CODES, num_warps)
-        fetch_weights(w_address + chunk_offset(gl.minimum(k_warp, CHUNKS - 1), t, K), K, TILES)
-        if NESTED:
+        first_chunk = gl.minimum(k_warp, CHUNKS - 1)
+        fetch_weights(w_address, first_chunk, t, shift, K, PHASES, TILES)
+        if NESTED and PHASES == 0:
             fetch_scales(absmax_8bit_ptr, first_row, thread, K, QUANT_BLOCK, ROWS, THREADS)
         wait_for_previous(thread)
         let_next_begin(thread)
+    last = ()
+    if TAIL:
+        last = load_last(packed_ptr, row, phase, phase_rows, N, K, PHASES)
     scale_pairs = load_scales(
-        absmax_ptr, absmax_8bit_ptr, first_row, warp, lane, 0, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ROWS, num_warps
+        absmax_ptr,
+        absmax_8bit_ptr,
+        rows,
+        warp,
+        lane,
+        0,
+        K,
+        NESTED,
+        NESTED_BLOCK,
+        QUANT_BLOCK,
+        ROWS,
+        PHASES,
+        num_warps,
     )
     chunk = gl.minimum(k_warp, CHUNKS - 1)
     inside_now = inside * (k_warp < CHUNKS).to(gl.int32)
-    w = load_weights(w_address + chunk_offset(chunk, t, K), K, TILES)
+    w = load_weights(w_address, chunk, t, shift, last, K, PHASES, TAIL, TILES)
     if PAIRED:
-        x = load_x_paired(x_address, chunk, t, inside_now, K)
+        x = load_x_paired(x_address, first_k, chunk, t, inside_now, K, PHASES)
     else:
-        x = load_x(x_address, chunk, column, inside_now, M, 0, K, COLUMNS)
-        x_1 = load_x(x_address, chunk, column, inside_now, M, 1, K, COLUMNS)
+        x = load_x(x_address, first_k, chunk, column, inside_now, M, 0, K, BLOCK, PHASES, COLUMNS)
+        x_1 = load_x(x_address, first_k, chunk, column, inside_now, M, 1, K, BLOCK, PHASES, COLUMNS)
     offset = 0.0
     map_entries = ()
     if NESTED:  # before the scales are there: what is looked up for them should not be waited for after them
@@ -197,12 +187,12 @@ def _matmul_skinny_kernel(
     if NESTED:
         store_map(map_address, map_entries, thread, THREADS)
         wait_for_all(thread)
-    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, K, NESTED, ROWS, num_warps)
+    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, K, NESTED, BLOCK, ROWS, num_warps)
     for batch in gl.static_range(1, SCALE_BATCHES):
         scale_pairs = load_scales(
             absmax_ptr,
             absmax_8bit_ptr,
-            first_row,
+            rows,
             warp,
             lane,
             batch,
@@ -211,9 +201,10 @@ def _matmul_skinny_kernel(
             NESTED_BLOCK,
             QUANT_BLOCK,
             ROWS,
+            PHASES,
             num_warps,
         )
-        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, K, NESTED, ROWS, num_warps)
+        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, K, NESTED, BLOCK, ROWS, num_warps)
     wait_for_all(thread)
 
     acc = zeros(lane)
@@ -225,38 +216,41 @@ def _matmul_skinny_kernel(
         following = gl.minimum(chunk + K_WARPS, CHUNKS - 1)
         inside_then = inside * (chunk + K_WARPS < CHUNKS).to(gl.int32)
         # A warp without a chunk of its own has zeros for x and computes with the last one's scales.
-        here = scales + gl.minimum(chunk, CHUNKS - 1) * (ROWS * 8 + 8) + (row_warp * (16 * TILES) + g) * 8
-        w_then = load_weights(w_address + chunk_offset(following, t, K), K, TILES)
+        here = scales + gl.minimum(chunk, CHUNKS - 1) * ((ROWS + 1) * 4 * SCALES)
+        here += (row_warp * (16 * TILES) + g) * (4 * SCALES)
+        w_then = load_weights(w_address, following, t, shift, last, K, PHASES, TAIL, TILES)
         if PAIRED:
-            x_then = load_x_paired(x_address, following, t, inside_then, K)
+            x_then = load_x_paired(x_address, first_k, following, t, inside_then, K, PHASES)
             if step * K_WARPS + this_k_warp < CHUNKS:
-                acc = paired_chunk(acc, w, x, here, lane, TILES, KIND)
+                acc = paired_chunk(acc, w, x, here, lane, BLOCK, TILES, KIND)
             x = x_then
         else:
             if step * K_WARPS + this_k_warp < CHUNKS:
-                w = swapped(w, lane, TILES)
-                acc = half_chunk(acc, w, x, here, lane, 0, TILES, GROUPS, KIND)
-            x = load_x(x_address, following, column, inside_then, M, 0, K, COLUMNS)
+                w = shared_out(w, lane, BLOCK, TILES)
+                acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
+            x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
             if step * K_WARPS + this_k_warp < CHUNKS:
-                acc = half_chunk(acc, w, x_1, here, lane, 1, TILES, GROUPS, KIND)
-            x_1 = load_x(x_address, following, column, inside_then, M, 1, K, COLUMNS)
+                acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
+            x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
         w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
     memory.index(0).store(acc[0])  # and the others by address: each of Gluon's stores would wait for all
     for value in gl.static_range(1, 4 * TILES * GROUPS):
         store_shared(shared + (value * THREADS + thread) * 4, acc[value].to(gl.int32, bitcast=True))
     wait_for_all(thread)
-    _store(
+    add_and_store(
         shared,
         bias_ptr,
         out_ptr,
         thread,
-        first_row,
+        rows,
         M,
         N,
         HAS_BIAS,
         ALPHA,
         PAIRED,
+        PHASES,
+        BLOCK,
         TILES,
         GROUPS,
         ROW_WARPS,
@@ -278,6 +272,12 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
     }
+
+
+def ragged_constants(N: int, K: int, blocksize: int) -> tuple[int, bool]:
+    """PHASES, how many rows begin each in their own way, 0 where all are whole blocks of 64 and more; and TAIL, whether
+    the bytes of W are no multiple of 16."""
+    return phases(K, blocksize), (N * K + 1) // 2 % 16 != 0
 
 
 @lru_cache(maxsize=4096)
@@ -308,10 +308,10 @@ def skinny_launch(
         blocksize,
         has_bias,
         *skinny_constants(config, dtype).values(),
+        *ragged_constants(N, K, blocksize),
     )
-    return Launch(
-        _LAUNCHERS[config.early], (-(-M // config.columns), -(-N // config.rows), 1), (M, N), constants, config
-    )
+    grid = -(-M // config.columns), programs(N, K, blocksize, config.rows), 1
+    return Launch(_LAUNCHERS[config.early], grid, (M, N), constants, config)
 
 
 def matmul_skinny_triton(
@@ -331,8 +331,8 @@ def matmul_skinny_triton(
 
     Args:
         x: float16 or bfloat16 [..., K], contiguous, aligned to 16 bytes; M is the product of the leading sizes.
-        packed: codes of W [N, K], contiguous, aligned to 16 bytes, any storage dtype; K a multiple of 64, and N at
-            least the rows of a program.
+        packed: codes of W [N, K], contiguous, aligned to 16 bytes, any storage dtype; K at least 64, and N at least
+            the rows of a program where rows are whole blocks of 64 or more.
         absmax: float32 scales, one a block; with double quantization the scales of `absmax_8bit`, one for 256.
         bias: [N] in x's dtype.
         out: [..., N] in x's dtype, contiguous.

@@ -28,7 +28,8 @@ class SkinnyConfig(NamedTuple):
     tiles: tiles of 16 rows of W a warp.
     row_warps: warps that share the rows of a program; the others share K.
     num_warps: warps a program.
-    paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk.
+    paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk; with blocks of 32,
+        M <= 2, four times.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
     early: it begins while the kernel before it ends (`kernels/_early.py`).
     shared_bytes: shared memory of a program.
@@ -51,10 +52,28 @@ class SkinnyConfig(NamedTuple):
         return 16 * self.tiles * self.row_warps
 
 
-def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int) -> int:
-    """Shared memory of a program: the table, the map and two scales a row and chunk of K; later the sums, one a thread
-    and value.  Whole rows of one float32 a thread."""
-    scales = (-(-K // CHUNK) + 1) * (16 * tiles * row_warps * 8 + 8)
+def phases(K: int, blocksize: int) -> int:
+    """How many rows of W begin each in their own way in W's windows of 64 weights (`kernels/_ragged_rows.py`): the rows
+    after them repeat it.  0 where every row is whole windows and blocks, which is another code."""
+    return 0 if K % 64 == 0 and blocksize >= 64 else 64 // min(K & -K, 64)
+
+
+def chunks(K: int) -> int:
+    """Chunks of a row, which may begin with weights that are not its own."""
+    return -(-(K + 64 - min(K & -K, 64)) // CHUNK)
+
+
+def programs(N: int, K: int, blocksize: int, rows: int) -> int:
+    """Programs of so many rows of W [N, K], each of one phase."""
+    apart = min(max(1, phases(K, blocksize)), N)
+    together = -(-N // apart)  # rows of a phase
+    return apart * -(-together // rows)
+
+
+def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int, blocksize: int = 64) -> int:
+    """Shared memory of a program: the table, the map and the scales of each row and chunk of K; later the sums, one a
+    thread and value.  Whole rows of one float32 a thread."""
+    scales = (chunks(K) + 1) * (16 * tiles * row_warps + 1) * 4 * (CHUNK // min(blocksize, 64))
     row = 4 * 32 * num_warps
     return -(-max(TABLE_BYTES + MAP_BYTES + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
@@ -73,6 +92,15 @@ _SHAPES = {
     16: ((1, 1, 8, 0), (2, 1, 4, 1.9), (3, 1, 4, 2.5)),
     32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.6), (2, 1, 4, 3.8)),
 }
+# The same where rows are not whole blocks of 64, measured there: what is read of x costs more, and blocks of 32 want
+# twice the scales.  More than 32 rows of x are several programs of 32.
+_RAGGED_SHAPES = {
+    4: ((1, 1, 8, 0),),
+    8: ((1, 1, 8, 0),),
+    16: ((1, 1, 8, 0), (2, 1, 4, 2.5)),
+    32: ((1, 1, 8, 0), (2, 1, 8, 0.9)),
+    64: ((1, 1, 8, 0), (2, 1, 4, 0.9)),
+}
 # With a long K fewer programs of 32 rows are enough, as each has more to do, by more warps.
 _LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 8, 0.9
 # (tiles, row_warps, num_warps) by N, K and the most rows of x, a power of two, where `benchmarks.tune` found on an H100
@@ -84,7 +112,12 @@ _MEASURED = {
     (4096, 11008, 4): (2, 1, 8),
     (4096, 11008, 8): (1, 1, 8),
     (4096, 11008, 16): (1, 1, 8),
+    (1152, 4304, 8): (1, 1, 16),
+    (1280, 3420, 8): (1, 1, 16),
 }
+# Where rows are not whole blocks, and where some multiprocessors are left without a program: beyond, decoding apart is
+# faster.
+_RAGGED_LIMIT, _SMALL_LIMIT = 64, 32
 _MEASURED_LIMIT = {(4096, 11008): 16}
 MEASURED_ON = 90
 
@@ -94,10 +127,14 @@ def generation(sm: int) -> int:
     return max((known for known in _LIMIT if known <= sm), default=0)
 
 
-def skinny_limit(sm: int, N: int = 0, K: int = 0) -> int:
-    """The largest M; N and K tell of a weight [N, K] for which it is another."""
+def skinny_limit(sm: int, N: int = 0, K: int = 0, blocksize: int = 64) -> int:
+    """The largest M; N, K and its blocks tell of a weight [N, K] for which it is another."""
     known = generation(sm)
     limit = _LIMIT.get(known, 0)
+    if limit and phases(K, blocksize):
+        if K % min(blocksize, 64) == 0:  # whole blocks of 32: on Hopper more rows of x are the wgmma product's too
+            return min(limit, _RAGGED_LIMIT)
+        return _SMALL_LIMIT if programs(N, K, blocksize, 16) < PROCESSORS[known] else _RAGGED_LIMIT
     return _MEASURED_LIMIT.get((N, K), limit) if known == MEASURED_ON else limit
 
 
@@ -106,26 +143,29 @@ def _most_rows(M: int) -> int:
     return next((rows for rows in _SHAPES if rows >= M), max(_SHAPES))
 
 
-def _config(M: int, N: int, K: int, known: int, tiles: int, row_warps: int, num_warps: int) -> SkinnyConfig:
+def _config(
+    M: int, N: int, K: int, blocksize: int, known: int, tiles: int, row_warps: int, num_warps: int
+) -> SkinnyConfig:
     columns = max(8, _most_rows(M))
-    shared = shared_bytes(K, columns, tiles, row_warps, num_warps)
+    paired = 1 <= M <= (4 if blocksize >= 64 else 2)
+    shared = shared_bytes(K, columns, tiles, row_warps, num_warps, blocksize)
     # Where registers leave a multiprocessor room for more programs than its share, those of a kernel that begins early
     # crowd where there is room first, and an H100 took up to 25% longer.  For M <= 4 they ask for the shared memory of
     # a share then.  For 5 to 8 rows that left too little of it to the cache, and neither way was faster everywhere.
     early = known >= 90 and not 4 < M <= 8
-    share = -(-N // (16 * tiles * row_warps * PROCESSORS[known]))
+    share = -(-programs(N, K, blocksize, 16 * tiles * row_warps) // PROCESSORS[known])
     if early and M <= 4 and share * num_warps * tiles < _ROOM_WARPS:
         row = 4 * 32 * num_warps
         too_many = (SHARED_LIMIT_BYTES[known] + _RESERVED_BYTES) // (share + 1) - _RESERVED_BYTES
         shared = max(shared, (too_many // row + 1) * row)
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, M <= 4, known == 75, early, shared)
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, early, shared)
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
     return config.rows <= N and config.shared_bytes <= SHARED_LIMIT_BYTES[known]
 
 
-def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
+def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> list[SkinnyConfig]:
     """Every configuration for x [M, K] and W [N, K] that gives half of the multiprocessors a program.
 
     None where no GPU takes so many rows of x by the fused product, or this one takes none.
@@ -135,15 +175,28 @@ def skinny_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyConfig]:
         return []
     found = []
     for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
-        config = _config(M, N, K, known, tiles, row_warps, num_warps)
-        enough = config.rows == 16 or config.rows * PROCESSORS[known] <= 2 * N
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
+        enough = config.rows == 16 or PROCESSORS[known] <= 2 * programs(N, K, blocksize, config.rows)
         if _fits(config, N, known) and enough:
             found.append(config)
     return found
 
 
+def _ragged_config(M: int, N: int, K: int, blocksize: int, known: int) -> SkinnyConfig | None:
+    if N < 16 or K < 64:
+        return None
+    best = None
+    most = next((rows for rows in _RAGGED_SHAPES if rows >= M), max(_RAGGED_SHAPES))
+    for tiles, row_warps, num_warps, least in _RAGGED_SHAPES[most]:
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
+        enough = programs(N, K, blocksize, config.rows) >= least * PROCESSORS[known]
+        if config.shared_bytes <= SHARED_LIMIT_BYTES[known] and enough:
+            best = config
+    return best
+
+
 @lru_cache(maxsize=4096)
-def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
+def skinny_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> SkinnyConfig | None:
     """Configuration for x [M, K] and W [N, K]: the most rows of W a program that leave enough programs.
 
     Args:
@@ -155,13 +208,15 @@ def skinny_config(M: int, N: int, K: int, sm: int) -> SkinnyConfig | None:
     """
     known = generation(sm)
     measured = _MEASURED.get((N, K, 1 << (M - 1).bit_length()))
-    if measured is not None and known == MEASURED_ON:
-        return _config(M, N, K, known, *measured)
+    if measured is not None and known == MEASURED_ON and blocksize >= 64:
+        return _config(M, N, K, blocksize, known, *measured)
+    if phases(K, blocksize):
+        return _ragged_config(M, N, K, blocksize, known)
     best = None
     for tiles, row_warps, num_warps, programs in _SHAPES[_most_rows(M)]:
         if (tiles, row_warps) == (2, 1) and M > 4 and K >= _LONG_K:
             num_warps, programs = _LONG_WARPS, _LONG_PROGRAMS
-        config = _config(M, N, K, known, tiles, row_warps, num_warps)
+        config = _config(M, N, K, 64, known, tiles, row_warps, num_warps)
         if _fits(config, N, known) and config.rows * programs * PROCESSORS[known] <= N:
             best = config
     return best

@@ -28,7 +28,7 @@ def fused(x, packed, state, bias=None):
     (N, K), M = state.shape, x.numel() // state.shape[1]
     scales, nested = scales_of(state)
     out = torch.full((*x.shape[:-1], N), torch.nan, device="cuda", dtype=x.dtype)
-    config = skinny_config(M, N, K, sm())
+    config = skinny_config(M, N, K, sm(), state.blocksize)
     matmul_skinny_triton(x, packed, scales, state.blocksize, state.quant_type, bias, out, config, *nested)
     return out
 
@@ -73,6 +73,72 @@ def test_blocks_and_types(new_inputs, M, blocksize, nested, quant_type):
             packed, state = weight(*shape, dtype, **options)
             x = torch.randn(M, shape[1], device="cuda", dtype=dtype)
             assert_accurate(fused(x, packed, state), x, packed, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize"), [(1152, 4304, 64), (1280, 3420, 64), (4096, 4096, 32), (333, 1037, 128), (20, 16446, 32)]
+)
+def test_rows_that_are_not_whole_blocks(new_inputs, N, K, blocksize, nested, dtype):
+    packed, state = weight(N, K, dtype, compress_statistics=nested, blocksize=blocksize)
+    bias = torch.randn(N, device="cuda", dtype=dtype)
+    for M in (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 100, 128):
+        x = torch.randn(M, K, device="cuda", dtype=dtype)
+        assert_accurate(fused(x, packed, state, bias), x, packed, state, bias)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("M", [2, 13])
+def test_every_depth_of_rows_that_are_not_whole_blocks(new_inputs, M, blocksize):
+    for K in (*range(65, 97), *range(1001, 1065, 7), 2084, 4097):
+        for N in (16, 17, 75, 200):  # fewer rows than kinds of rows, and more; last bytes that are 16 and that are not
+            packed, state = weight(N, K, torch.float16, blocksize=blocksize)
+            x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+            assert_accurate(fused(x, packed, state), x, packed, state)
+
+
+@pytest.mark.parametrize("quant_type", qkernels.QUANT_TYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", qkernels.BLOCKSIZES)
+def test_blocks_across_rows(new_inputs, blocksize, nested, quant_type):
+    for dtype in DTYPES:
+        for N, K in ((96, 4080), (50, 300)):
+            options = {"blocksize": blocksize, "quant_type": quant_type, "compress_statistics": nested}
+            packed, state = weight(N, K, dtype, spread=10, **options)
+            for M in (2, 11):
+                x = torch.randn(M, K, device="cuda", dtype=dtype)
+                assert_accurate(fused(x, packed, state), x, packed, state)
+
+
+@pytest.mark.parametrize("M", [2, 5])
+@pytest.mark.parametrize("blocksize", [32, 64])
+def test_a_scale_that_is_nan_spoils_the_rows_of_its_block_and_no_others(M, blocksize):
+    N, K = 300, 1044
+    packed, state = weight(N, K, torch.float16, blocksize=blocksize, compress_statistics=False)
+    x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+    expected = fused(x, packed, state)
+    blocks = torch.arange(N * K, device="cuda").view(N, K) // blocksize
+    for value in (torch.nan, torch.inf):
+        for block in (0, K // blocksize, 100, len(state.absmax) - 1):
+            scale = state.absmax[block].item()
+            state.absmax[block] = value
+            y = fused(x, packed, state)
+            state.absmax[block] = scale
+            spoilt = (blocks == block).any(1)
+            assert not y[:, spoilt].isfinite().any()
+            assert_bits_equal(y[:, ~spoilt], expected[:, ~spoilt])
+
+
+def test_rows_that_are_not_whole_blocks_as_torch_runs_them():
+    for N, K, blocksize in ((96, 4304, 64), (100, 1001, 64), (96, 1024, 32)):
+        packed, state = weight(N, K, torch.float16, blocksize=blocksize)
+        assert qkernels.explain(4, N, K, blocksize=blocksize).implementation == SKINNY
+        x = torch.randn(4, K, device="cuda", dtype=torch.float16)
+        expected = fused(x, packed, state)
+        assert_torch_runs_it(lambda x: qkernels.matmul_4bit(x, packed, state), x, expected)  # noqa: B023
+        shifted = x.new_empty(4 * K + 1)[1:].view(4, K).copy_(x)
+        assert_bits_equal(qkernels.matmul_4bit(shifted, packed, state), expected)
 
 
 @pytest.mark.parametrize("M", [1, 7, 16, 32])
