@@ -48,10 +48,8 @@ def candidates(product: Product) -> list[Candidate]:
     """All that can compute the product, dequantizing first."""
     found = [Candidate(DEQUANTIZE)]
     sizes = *product[:3], product.sm
-    if not product.backward:
-        found += [Candidate(SKINNY, config) for config in skinny_candidates(*sizes, product.blocksize)]
-    elif product.K % 64 == 0 and product.blocksize >= 64:
-        found += [Candidate(SKINNY, config) for config in skinny_dx_candidates(*sizes)]
+    configs = skinny_dx_candidates if product.backward else skinny_candidates
+    found += [Candidate(SKINNY, config) for config in configs(*sizes, product.blocksize)]
     if product.sm == 90 and product.K % min(product.blocksize, 64) == 0:
         tilings = wgmma_candidates(*product[:3], product.backward)
         rows_and_depth = (product.K, product.N) if product.backward else (product.N, product.K)
@@ -65,9 +63,8 @@ def chosen(product: Product) -> Candidate:
     """The one that the dispatch and the tables choose."""
     implementation = choose(product).implementation
     if implementation == SKINNY:
-        sizes = *product[:3], product.sm
-        config = skinny_dx_config(*sizes) if product.backward else skinny_config(*sizes, product.blocksize)
-        return Candidate(SKINNY, config)
+        config_of = skinny_dx_config if product.backward else skinny_config
+        return Candidate(SKINNY, config_of(*product[:3], product.sm, product.blocksize))
     if implementation == WGMMA:
         return Candidate(WGMMA, wgmma_config(*product[:3], product.backward))
     return Candidate(implementation)

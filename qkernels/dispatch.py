@@ -17,7 +17,7 @@ from .errors import UserError
 from .format import FLOAT_DTYPES
 from .tuning.lora import inner_parts, padded_rank
 from .tuning.skinny import skinny_config, skinny_limit
-from .tuning.skinny_dx import skinny_dx_config, skinny_dx_limit
+from .tuning.skinny_dx import FEWEST_ROWS, skinny_dx_limit
 from .tuning.wgmma import wgmma_limit
 
 SKINNY = "fused skinny"
@@ -92,12 +92,10 @@ def _refuse_skinny(product: Product) -> str | None:
         return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
     if not 1 <= M <= limit:
         return f"M={M} is not in 1 to {limit}"
-    if product.backward and (K % 64 or blocksize < 64):
-        return f"K={K} and blocks of {blocksize} are not both multiples of 64"
     if not product.aligned:
         return "the packed weight is not aligned to 16 bytes"
     if product.backward:
-        return f"N={N} is below 8" if skinny_dx_config(M, N, K, product.sm) is None else None
+        return f"N={N} is below 8" if N < FEWEST_ROWS else None
     if skinny_config(M, N, K, product.sm, blocksize) is None:
         return f"N={N} is below 16, K={K} is below 64, or the scales of K={K} exceed shared memory"
     return None

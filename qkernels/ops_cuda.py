@@ -258,7 +258,7 @@ def _gemm_4bit_dx_skinny(
     if codes is not None and codes.data_ptr() % 4:  # read in words
         nested = (codes.clone(), *nested[1:])
     dx = torch.empty((*grad.shape[:-1], K), dtype=grad.dtype, device=grad.device)
-    config = skinny_dx_config(M, N, K, product.sm)
+    config = skinny_dx_config(M, N, K, product.sm, product.blocksize)
     assert config is not None
     dy = contiguous_and_aligned(grad).view(M, N)
     with on_device_of(grad):

@@ -290,6 +290,9 @@ def skinny_variant(
 
 # (N, K) as above, one that is not split, and an N that is no multiple of eight.
 _SKINNY_DX_SHAPES = ((12288, 4096), (4096, 16384), (11008, 4096), (333, 64), (1001, 4160))
+# (N, K, blocksize) of rows that are not whole blocks of 64: of vision towers, blocks of 32, and rows that begin on any
+# byte and within one.
+_RAGGED_DX_SHAPES = ((1152, 4304, 64), (1280, 3420, 64), (4096, 4096, 32), (1024, 1030, 64), (333, 1001, 128))
 
 
 def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
@@ -297,6 +300,8 @@ def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
         for N, K in _SKINNY_DX_SHAPES:
             for dtype in ("fp16", "bf16") if sm >= 80 and K == 4096 else ("fp16",):
                 yield skinny_dx_variant(M, N, K, sm, dtype, "nf4", 64, nested=K != 64)
+        for N, K, blocksize in _RAGGED_DX_SHAPES:
+            yield skinny_dx_variant(M, N, K, sm, "bf16" if sm >= 80 else "fp16", "nf4", blocksize, nested=K % 2 == 0)
     yield skinny_dx_variant(3, 12288, 4096, sm, "fp16", "fp4", 256, nested=True)
     config = skinny_dx_config(1, 12288, 4096, sm)
     assert config is not None
@@ -308,7 +313,7 @@ def skinny_dx_variant(
     M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool
 ) -> Variant:
     """The one that `matmul_skinny_dx_triton` would launch."""
-    config = skinny_dx_config(M, N, K, sm)
+    config = skinny_dx_config(M, N, K, sm, blocksize)
     assert config is not None
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
     constants = skinny_dx_constants(config, torch_dtype)

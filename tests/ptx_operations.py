@@ -70,6 +70,12 @@ def _prmt(a: Values, b: Values, selector: Values) -> Values:
     return result
 
 
+def _funnel(low: Values, high: Values, bits: Values) -> Values:
+    """shf.r.wrap: 32 bits of two words from a bit of the low one on."""
+    both = high.astype(np.uint64) << np.uint64(32) | low
+    return (both >> (bits & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
+
+
 def _fma(a: Values, b: Values, c: Values) -> Values:
     return (a.astype(np.float64) * b + c) if a.dtype == np.float32 else a * b + c
 
@@ -128,6 +134,7 @@ OPERATIONS: dict[str, Callable[..., Values]] = {
     "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
     "bfe": _extracted,
+    "shf": _funnel,
     "dp4a": _dp4a,
     "lop3": _lop3,
     "prmt": _prmt,

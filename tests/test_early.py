@@ -29,6 +29,7 @@ def _named(beginning: str) -> Variant:
         skinny_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, False, has_bias=False),
         skinny_dx_variant(3, 4096, 4096, 90, "fp16", "nf4", 64, nested=True),
         skinny_dx_variant(32, 4096, 4096, 90, "bf16", "nf4", 64, nested=False),
+        skinny_dx_variant(9, 333, 1001, 90, "bf16", "nf4", 64, nested=True),
         wgmma_variant(64, "fp16", True, False),
         wgmma_variant(64, "bf16", False, False, rank=16),
         _named("sum_parts"),

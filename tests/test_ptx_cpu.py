@@ -8,6 +8,7 @@ import torch
 from exact import assert_bits_equal
 from ptx_cpu import CpuKernel
 
+import qkernels
 from qkernels.tuning.skinny import programs
 from qkernels.variants import skinny_dx_variant, skinny_variant
 
@@ -108,3 +109,46 @@ def test_what_is_outside_is_an_error():
     short = packed[:-16].clone()
     with pytest.raises(AssertionError, match="outside of the tensor"):
         skinny.run_dx(lambda one: CpuKernel(one, "sm_75"), variant, dy, short, state)
+
+
+# (N, K, blocksize) where rows are not whole blocks of 64: a lane's bytes lie in one block; blocks end every four and
+# every two k; rows begin within bytes, and W ends within a word; W's last byte is half used; blocks are longer than W.
+RAGGED = [
+    (40, 208, 64),
+    (24, 212, 64),
+    (16, 90, 32),
+    (24, 75, 64),
+    (21, 137, 64),
+    (33, 35, 32),
+    (19, 66, 4096),
+    (16, 64, 32),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
+@pytest.mark.parametrize("M", [3, 20])
+def test_ragged_dx(arch, M, N, K, blocksize):
+    """To the bit where a row of dy takes one row of W: scales are far apart, and one is NaN."""
+    packed, state = skinny.weight(N, K, torch.float16, device="cpu", blocksize=blocksize, compress_statistics=False)
+    state.absmax *= torch.exp2(torch.randint(-6, 6, state.absmax.shape).float())
+    state.absmax[len(state.absmax) // 2] = torch.nan
+    decoded = qkernels.dequantize_4bit(packed, state)
+    rows = torch.cat([torch.arange(N - 2, N), torch.randint(N, (M - 2,))])
+    dy = torch.nn.functional.one_hot(rows, N).half()
+    variant = skinny_dx_variant(M, N, K, int(arch.removeprefix("sm_")), "fp16", "nf4", blocksize, nested=False)
+    dx = skinny.run_dx(lambda one: CpuKernel(one, arch), variant, dy, packed, state)
+    # Whatever a row of dy takes, a column with a NaN has one: 0 times NaN.
+    assert_bits_equal(dx.nan_to_num(7), (dy @ decoded).nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "blocksize", "dtype"),
+    [(9, 77, 60, 64, "bf16"), (50, 530, 212, 32, "fp16"), (5, 300, 128, 32, "fp16")],
+)
+def test_ragged_dx_of_nested_scales(M, N, K, blocksize, dtype):
+    packed, state = skinny.weight(N, K, DTYPES[dtype], device="cpu", blocksize=blocksize)
+    dy = torch.randn(M, N).to(DTYPES[dtype])
+    variant = skinny_dx_variant(M, N, K, 80, dtype, "nf4", blocksize, nested=True)
+    dx = skinny.run_dx(lambda one: CpuKernel(one, "sm_80"), variant, dy, packed, state)
+    skinny.assert_dx_accurate(dx, dy, packed, state)

@@ -22,6 +22,24 @@ def _load_asm(words: int) -> str:
     )
 
 
+@gluon.constexpr_function
+def weights_asm(word: str, byte: int, out: str, scales: tuple[str, str], lane_offset: str, kind: str) -> list[str]:
+    """A byte's two codes times the scales of their rows, rounded, as the fragment register `out`."""
+    scale, scale_1 = scales
+    lines = [
+        *entry_asm(word, byte, lane_offset),
+        "ld.shared.v2.f32 {code, code_1}, [address];",
+        f"mul.rn.f32 code, code, {scale}; mul.rn.f32 code_1, code_1, {scale_1};",
+    ]
+    if kind != "sm_75":
+        return [*lines, f"cvt.rn.{kind}x2.f32 {out}, code_1, code;"]
+    return [
+        *lines,
+        "{ .reg .b16 low, high; cvt.rn.f16.f32 low, code; cvt.rn.f16.f32 high, code_1;",
+        f"mov.b32 {out}, {{low, high}}; }}",
+    ]
+
+
 def _decode_asm(kind: str) -> str:
     """Four bytes of rows n and n + 1 ($8, $9), their scales ($10, $11): eight fragment registers.
 
@@ -36,19 +54,7 @@ def _decode_asm(kind: str) -> str:
     ]
     for number in range(4):
         for half, word in enumerate(("even", "odd")):
-            lines += [
-                *entry_asm(word, number, "$12"),
-                "ld.shared.v2.f32 {code, code_1}, [address];",
-                "mul.rn.f32 code, code, $10; mul.rn.f32 code_1, code_1, $11;",
-            ]
-            out = f"${2 * number + half}"
-            if kind == "sm_75":
-                lines += [
-                    "{ .reg .b16 low, high; cvt.rn.f16.f32 low, code; cvt.rn.f16.f32 high, code_1;",
-                    f"mov.b32 {out}, {{low, high}}; }}",
-                ]
-            else:
-                lines.append(f"cvt.rn.{kind}x2.f32 {out}, code_1, code;")
+            lines += weights_asm(word, number, f"${2 * number + half}", ("$10", "$11"), "$12", kind)
     return "\n".join(lines) + "\n}"
 
 
@@ -121,8 +127,11 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr)
 
 
 @gluon.jit
-def load_dy(dy_ptr, m, first, n, inside, M, N, ALIGNED: gl.constexpr, COLUMNS: gl.constexpr):
-    """dy[m + 8 j, first : first + 8] of every j, of it what is at n and after: four registers each."""
+def load_dy(dy_ptr, m, first, n, inside, M, N, ALIGNED: gl.constexpr, RAGGED: gl.constexpr, COLUMNS: gl.constexpr):
+    """dy[m + 8 j, first : first + 8] of every j, of it what is at n and after: four registers each.
+
+    RAGGED: first + 8 may be past the end of a row.
+    """
     dy = ()
     for j in gl.static_range(COLUMNS // 8):
         row = m + 8 * j
@@ -135,6 +144,8 @@ def load_dy(dy_ptr, m, first, n, inside, M, N, ALIGNED: gl.constexpr, COLUMNS: g
                 for half in gl.static_range(2):
                     i = 2 * pair + half
                     mask = (row < M) & (first + i >= n) & (inside != 0)
+                    if RAGGED:
+                        mask = mask & (first + i < N)
                     value = gl.load(here + i, mask=mask, other=0.0).to(gl.int16, bitcast=True)
                     word |= (value.to(gl.int32) & 0xFFFF) << (16 * half)
                 dy = dy + (word,)

@@ -26,7 +26,7 @@ _LOAD_8, _LOAD_16, _LOAD_32 = (gl.constexpr(_load_asm(kind)) for kind in ("u8", 
 
 
 @gluon.jit
-def _load_bytes(address, inside, COUNT: gl.constexpr):
+def load_bytes(address, inside, COUNT: gl.constexpr):
     """One, two or four bytes, int32, at an int64 address where `inside` is not zero; else zero."""
     return gl.inline_asm_elementwise(
         _LOAD_32 if COUNT == 4 else (_LOAD_16 if COUNT == 2 else _LOAD_8),
@@ -61,7 +61,7 @@ def load_stored(
     stored = ()
     if NESTED and TOGETHER:
         here = row * (K // 64) + gl.minimum(block, K // 64 - BLOCKS)
-        word = _load_bytes((absmax_8bit_ptr + here).to(gl.int64), inside, BLOCKS)
+        word = load_bytes((absmax_8bit_ptr + here).to(gl.int64), inside, BLOCKS)
         scale = gl.load(absmax_ptr + here // NESTED_BLOCK, mask=mask, other=0.0)
         for i in gl.static_range(BLOCKS):
             stored = stored + ((word >> (8 * i)) & 255, scale)

@@ -9,12 +9,13 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ._dx_lanes import decode_pair, load_dy, load_row
-from ._dx_scales import load_stored
+from ._dx_ragged import is_ragged, load_ragged_step, ragged_pairs, ragged_scales_of_lane
+from ._dx_scales import load_stored, scales_of_lane
 from ._lanes import load_shared, mma, store_shared
 
 
 @gluon.jit
-def load_step(
+def _load_whole_step(
     pointers,
     place,
     sizes,
@@ -26,11 +27,7 @@ def load_step(
     QUANT_BLOCK: gl.constexpr,
     BYTES: gl.constexpr,
 ):
-    """A step's words of W and stored scales.  Rows after the last are the last eight again, of a dy that is 0.
-
-    `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
-    first block of 64 k and the program's first row of dy, `sizes` are M and N.
-    """
+    """As `load_step`.  Rows after the last are the last eight again, of a dy that is 0."""
     packed_ptr, absmax_ptr, absmax_8bit_ptr = pointers[:3]
     lane, column, first_block = place[:3]
     N = sizes[1]
@@ -57,6 +54,58 @@ def load_step(
 
 
 @gluon.jit
+def load_step(
+    pointers,
+    place,
+    sizes,
+    first,
+    inside,
+    K: gl.constexpr,
+    NESTED: gl.constexpr,
+    NESTED_BLOCK: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    ALIGNED: gl.constexpr,
+    BYTES: gl.constexpr,
+):
+    """A step's words of W and stored scales.
+
+    `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
+    first block of 64 k, the program's first row of dy and W's tail (of ragged rows its warp's first k, and the tail is
+    read), `sizes` are M and N.
+    """
+    if is_ragged(K, QUANT_BLOCK):
+        loaded = load_ragged_step(
+            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES
+        )
+    else:
+        loaded = _load_whole_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES)
+    return loaded
+
+
+@gluon.jit
+def step_scales(
+    stored,
+    area,
+    map_address,
+    offset,
+    place,
+    first,
+    K: gl.constexpr,
+    NESTED: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
+    BYTES: gl.constexpr,
+):
+    """The scales of a lane's rows and bytes, of what `load_step` gave for the step that began at `first`."""
+    if is_ragged(K, QUANT_BLOCK):
+        scales = ragged_scales_of_lane(
+            stored, area, map_address, offset, place[0], first, place[2], K, NESTED, QUANT_BLOCK, BYTES
+        )
+    else:
+        scales = scales_of_lane(stored, area, map_address, offset, place[0], BYTES // 4, NESTED)
+    return scales
+
+
+@gluon.jit
 def _four(acc, FIRST: gl.constexpr):
     return (acc[FIRST], acc[FIRST + 1], acc[FIRST + 2], acc[FIRST + 3])
 
@@ -75,6 +124,7 @@ def load_columns(
     inside,
     FIRST: gl.constexpr,
     ALIGNED: gl.constexpr,
+    RAGGED: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):
     """A step's COLUMNS rows of dy from the program's row FIRST on: four registers for each eight."""
@@ -82,7 +132,24 @@ def load_columns(
     M, N = sizes
     n = first + lane % 4 * 8
     m = place[3] + FIRST + lane // 4
-    return load_dy(pointers[3], m, gl.minimum(n, N - 8), n, inside, M, N, ALIGNED, COLUMNS)
+    if RAGGED and not ALIGNED:
+        begin = n  # as its rows of W do
+    else:
+        begin = gl.minimum(n, N - 8)
+    return load_dy(pointers[3], m, begin, n, inside, M, N, ALIGNED, RAGGED, COLUMNS)
+
+
+@gluon.jit
+def _whole_pairs(w, scales, lane8, BYTES: gl.constexpr, KIND: gl.constexpr):
+    """All of a step's fragment registers, [word][pair of rows][8]."""
+    WORDS: gl.constexpr = BYTES // 4
+    pairs = ()
+    for word in gl.static_range(WORDS):
+        for pair in gl.static_range(4):
+            row = w[2 * pair * WORDS + word]
+            row_1 = w[(2 * pair + 1) * WORDS + word]
+            pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND)
+    return pairs
 
 
 @gluon.jit
@@ -97,6 +164,8 @@ def multiply(
     sizes,
     first,
     inside,
+    K: gl.constexpr,
+    QUANT_BLOCK: gl.constexpr,
     ALIGNED: gl.constexpr,
     BYTES: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -110,13 +179,10 @@ def multiply(
     Returns:
         The sums, [8 rows of dy][byte][4], and the dy that is there now.
     """
-    WORDS: gl.constexpr = BYTES // 4
-    pairs = ()
-    for word in gl.static_range(WORDS):
-        for pair in gl.static_range(4):
-            row = w[2 * pair * WORDS + word]
-            row_1 = w[(2 * pair + 1) * WORDS + word]
-            pairs = pairs + decode_pair(row, row_1, scales[2 * pair], scales[2 * pair + 1], lane8, KIND)
+    if is_ragged(K, QUANT_BLOCK):
+        pairs = ragged_pairs(w, scales, lane8, K, QUANT_BLOCK, BYTES, KIND)
+    else:
+        pairs = _whole_pairs(w, scales, lane8, BYTES, KIND)
     sums = ()
     then = ()
     for j in gl.static_range(GROUPS):
@@ -126,7 +192,9 @@ def multiply(
                 a = a + _two(pairs, 32 * (byte // 4) + 8 * pair + byte % 4 * 2)
             sums = sums + mma(a, dy, 4 * j, _four(acc, 4 * (j * BYTES + byte)), KIND)
         if GROUPS > 1:
-            then = then + load_columns(pointers, place, sizes, first, inside, 8 * j, ALIGNED, 8)
+            then = then + load_columns(
+                pointers, place, sizes, first, inside, 8 * j, ALIGNED, is_ragged(K, QUANT_BLOCK), 8
+            )
     if GROUPS == 1:
         then = dy
     return sums, then

@@ -25,6 +25,7 @@ _SWAP_1 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;")
 _SWAP = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
 
 
+@gluon.constexpr_function
 def entry_asm(word: str, byte: int, lane_offset: str) -> list[str]:
     """`address` of a byte's entry in a table of rows of 128 bytes, at which each lane has its own place.
 

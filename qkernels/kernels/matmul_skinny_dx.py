@@ -11,6 +11,8 @@ and the contraction goes over W's rows n.
   rounded once: bit for bit the weight that `dequantize_4bit` gives.
 * **Rows** are shared out over warps, whose sums are added in shared memory, and over programs, whose sums a second
   launch adds: both in a fixed order, so equal inputs give equal bits.
+* **Ragged rows**, which are not whole blocks of 64, are shifted into place, and take up to two scales a lane
+  (`_dx_rows.py`, `_dx_ragged.py`).
 * **Launches** begin, where the GPU can, while the one before them ends (EARLY).
 """
 
@@ -28,8 +30,10 @@ from ..tuning.skinny_dx import STEP as _STEP_SIZE
 from ..tuning.skinny_dx import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny_dx import SkinnyDxConfig
 from ._dx_lanes import fill_table
-from ._dx_scales import scale_area, scales_of_lane, store_map
-from ._dx_step import add_warps, load_columns, load_step, multiply, store_sums
+from ._dx_ragged import is_ragged, ragged_areas
+from ._dx_rows import load_tail
+from ._dx_scales import scale_area, store_map
+from ._dx_step import add_warps, load_columns, load_step, multiply, step_scales, store_sums
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
 from ._launch import early_and_late
@@ -71,7 +75,8 @@ def _matmul_skinny_dx_kernel(
     N_WARPS: gl.constexpr = num_warps // K_WARPS
     ROWS: gl.constexpr = 16 * BYTES * K_WARPS
     GROUPS: gl.constexpr = COLUMNS // 8
-    BLOCKS: gl.constexpr = BYTES // 4
+    RAGGED: gl.constexpr = is_ragged(K, QUANT_BLOCK)
+    AREAS: gl.constexpr = ragged_areas(K, QUANT_BLOCK, BYTES) if RAGGED else BYTES // 4
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     memory = gl.allocate_shared_memory(
         gl.float32, [SHARED_BYTES // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -92,13 +97,16 @@ def _matmul_skinny_dx_kernel(
     if SPLIT:
         out_ptr += (tile * gl.num_programs(1) + gl.program_id(1)).to(gl.int64) * (ROWS * COLUMNS)
     # Lanes past the end of a row take its last bytes again.
-    first_block = first_k // 64 + k_warp * BLOCKS
-    column = gl.minimum(first_k // 2 + (k_warp * 8 + lane // 4) * BYTES, K // 2 - BYTES)
+    if RAGGED:
+        first_block = first_k + k_warp * (16 * BYTES)
+    else:
+        first_block = first_k // 64 + k_warp * (BYTES // 4)
+    LAST: gl.constexpr = (K - 1) // 2 // BYTES * BYTES if RAGGED else K // 2 - BYTES
+    column = gl.minimum(first_k // 2 + (k_warp * 8 + lane // 4) * BYTES, LAST)
     first_step = gl.program_id(1) * part_steps
     steps = gl.minimum(part_steps, (N + (STEP - 1)) // STEP - first_step)
     first = (first_step + n_warp) * STEP
     pointers = (packed_ptr, absmax_ptr, absmax_8bit_ptr, dy_ptr)
-    place = (lane, column, first_block, first_m)
     sizes = (M, N)
 
     wait_for_all(thread)
@@ -106,9 +114,13 @@ def _matmul_skinny_dx_kernel(
     if EARLY:
         wait_for_previous(thread)
         let_next_begin(thread)
+    tail = 0
+    if RAGGED and not ALIGNED:
+        tail = load_tail(packed_ptr, lane, N, K)
+    place = (lane, column, first_block, first_m, tail)
     inside = (n_warp < steps).to(gl.int32)
-    w, stored = load_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES)
-    dy = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
+    w, stored = load_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES)
+    dy = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, RAGGED, COLUMNS)
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
@@ -123,15 +135,31 @@ def _matmul_skinny_dx_kernel(
         first += N_WARPS * STEP
         inside = ((turn + 1) * N_WARPS + n_warp < steps).to(gl.int32)
         w_then, stored_then = load_step(
-            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES
+            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES
         )
         if GROUPS == 1:
-            dy_then = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, COLUMNS)
+            dy_then = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, RAGGED, COLUMNS)
         if turn * N_WARPS + this_n_warp < steps:
-            area = scale_area(map_address, warp, turn, BLOCKS, num_warps)
-            scales = scales_of_lane(stored, area, map_address, offset, lane, BLOCKS, NESTED)
+            area = scale_area(map_address, warp, 0 if RAGGED else turn, AREAS, num_warps)
+            here = first - N_WARPS * STEP
+            scales = step_scales(stored, area, map_address, offset, place, here, K, NESTED, QUANT_BLOCK, BYTES)
             acc, dy = multiply(
-                acc, w, scales, dy, lane8, pointers, place, sizes, first, inside, ALIGNED, BYTES, GROUPS, KIND
+                acc,
+                w,
+                scales,
+                dy,
+                lane8,
+                pointers,
+                place,
+                sizes,
+                first,
+                inside,
+                K,
+                QUANT_BLOCK,
+                ALIGNED,
+                BYTES,
+                GROUPS,
+                KIND,
             )
         w = w_then
         stored = stored_then
@@ -204,9 +232,9 @@ def matmul_skinny_dx_triton(
 
     Args:
         dy: float16 or bfloat16 [M, N], contiguous, aligned to 16 bytes.
-        packed: codes of W [N, K], contiguous, aligned to 16 bytes, any storage dtype; K a multiple of 64, N at least 8.
+        packed: codes of W [N, K], contiguous, aligned to 16 bytes, any storage dtype; N at least 8.
         absmax: float32 scales, one a block; with double quantization the scales of `absmax_8bit`, one for 256.
-        blocksize: a multiple of 64.
+        blocksize: as in `qkernels.format`.
         out: [M, K] in dy's dtype, contiguous.
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks] aligned to 4 bytes, float32[256] and a
             float32 scalar tensor.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
+from math import gcd
 from typing import NamedTuple
 
 from .skinny import MAP_BYTES, MEASURED_ON, PROCESSORS, SHARED_LIMIT_BYTES, generation
@@ -26,6 +27,7 @@ class SkinnyDxConfig(NamedTuple):
     early: launches begin while the one before them ends.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
     max_registers: registers a thread may use; None leaves it to ptxas.
+    ragged: rows of W are not whole blocks of 64, and a warp keeps more scales of each.
     """
 
     columns: int
@@ -36,6 +38,7 @@ class SkinnyDxConfig(NamedTuple):
     early: bool
     turing: bool
     max_registers: int | None = None
+    ragged: bool = False
 
     @property
     def rows(self) -> int:
@@ -53,12 +56,14 @@ class SkinnyDxConfig(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """The table, the map and two areas of scales a warp; later sums, a thread's two for each of its bytes.
+        """The table, the map and each warp's scales; later sums, a thread's two for each of its bytes.
 
         Whole rows of one word a thread.
         """
         row = 4 * 32 * self.num_warps
-        decoding = TABLE_BYTES + MAP_BYTES + 2 * self.num_warps * self.bytes // 4 * SCALE_PITCH * 4
+        # Blocks of 32, which begin anywhere, and one to read beside the last; of 64, in two areas.
+        blocks = self.bytes // 2 + 2 if self.ragged else 2 * (self.bytes // 4)
+        decoding = TABLE_BYTES + MAP_BYTES + self.num_warps * blocks * SCALE_PITCH * 4
         return -(-max(decoding, 2 * self.bytes * (row + 4)) // row) * row
 
 
@@ -68,6 +73,13 @@ _SHAPES = {8: (8, 1, 8), 16: (8, 1, 4), 32: (8, 1, 4), 64: (4, 2, 4)}
 _MANY_ROWS, _WHOLE_SHAPE = 64, (4, 2, 8)
 # A T4 has 64 KiB of shared memory, one program's.
 _TURING_SHAPES = {8: (8, 1, 8), 16: (8, 1, 8), 32: (8, 1, 8)}
+# Ragged rows of which a lane's 16 weights may lie in two blocks: with two scales of each row it has fewer registers.
+_UNDIVIDED = 16
+_DIVIDED_SHAPES = {8: (8, 1, 8), 16: (8, 1, 4), 32: (4, 2, 4)}
+_DIVIDED_HOPPER_SHAPES = {**_DIVIDED_SHAPES, 64: (4, 2, 8)}
+_DIVIDED_TURING_SHAPES = {8: (8, 1, 8), 16: (8, 1, 8), 32: (4, 2, 8)}
+# Ragged weights of at most so many elements, of which a program has a few steps only: what each costs counts.
+_SMALL, _SMALL_SHAPES = 8 << 20, {8: (4, 2, 8), 16: (4, 2, 4), 32: (4, 2, 4)}
 # The same by N, K and the most rows of dy, where `benchmarks.tune` found on an H100 what is faster by more than 3%.
 _MEASURED = {
     (4096, 11008, 8): (8, 2, 8),
@@ -82,7 +94,7 @@ _WARPS = 8
 _FIXED_TURNS = 3
 # The most rows of dy for which the fused product is taken; counted but for an H100, as the forward product's.
 _LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
-_FEWEST_ROWS = 8  # of W: what a lane takes
+FEWEST_ROWS = 8  # of W: what a lane takes
 # Where rows of dy do not begin on 16 bytes: loaded one by one, more of them would leave no registers.
 _ALIGNED_N, _UNALIGNED_COLUMNS = 8, 16
 _TRIED_SPLITS = 3
@@ -93,23 +105,48 @@ def skinny_dx_limit(sm: int) -> int:
     return _LIMIT.get(generation(sm), 0)
 
 
-def _columns(M: int, N: int, known: int) -> int:
-    shapes = _shapes(known)
+def _columns(M: int, N: int, K: int, known: int, blocksize: int) -> int:
+    shapes = _shapes(K, known, blocksize)
     most = _UNALIGNED_COLUMNS if N % _ALIGNED_N and known != 75 else max(shapes)
     return next((columns for columns in shapes if columns >= min(M, most)), most)
 
 
-def _shapes(known: int) -> dict[int, tuple[int, int, int]]:
-    return _TURING_SHAPES if known == 75 else _SHAPES
+def is_ragged(K: int, blocksize: int) -> bool:
+    """Whether the rows of a weight are not whole blocks of 64 that share a scale."""
+    return K % 64 != 0 or blocksize < 64
 
 
-def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> list[SkinnyDxConfig]:
+def _is_divided(K: int, blocksize: int) -> bool:
+    return gcd(K, blocksize) < _UNDIVIDED
+
+
+def _shapes(K: int, known: int, blocksize: int) -> dict[int, tuple[int, int, int]]:
+    if not _is_divided(K, blocksize):
+        return _TURING_SHAPES if known == 75 else _SHAPES
+    if known == 75:
+        return _DIVIDED_TURING_SHAPES
+    return _DIVIDED_HOPPER_SHAPES if known == 90 else _DIVIDED_SHAPES
+
+
+def _shape(N: int, K: int, columns: int, known: int, blocksize: int) -> tuple[int, int, int]:
+    """Bytes, k_warps and num_warps for so many rows of dy."""
+    if known == MEASURED_ON:
+        if not is_ragged(K, blocksize) and (N, K, columns) in _MEASURED:
+            return _MEASURED[N, K, columns]
+        if is_ragged(K, blocksize) and N * K <= _SMALL and columns in _SMALL_SHAPES:
+            return _SMALL_SHAPES[columns]
+    return _shapes(K, known, blocksize)[columns]
+
+
+def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int], blocksize: int) -> list[SkinnyDxConfig]:
     """Programs of this shape in one part and in more, as many as give every warp work; those expected fastest first.
 
     What counts is what the busiest place of a multiprocessor does, one program after the other.
     """
     width, k_warps, num_warps = shape
-    whole = SkinnyDxConfig(_columns(M, N, known), width, k_warps, num_warps, 1, known >= 90, known == 75)
+    columns = _columns(M, N, K, known, blocksize)
+    whole = SkinnyDxConfig(columns, width, k_warps, num_warps, 1, known >= 90, known == 75)
+    whole = whole._replace(ragged=is_ragged(K, blocksize))
     tiles = -(-M // whole.columns) * -(-K // whole.rows)
     places = PROCESSORS[known] * _WARPS // num_warps
     most = -(-N // STEP) // (num_warps // k_warps)
@@ -120,42 +157,41 @@ def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int]) -> 
     )
 
 
-def skinny_dx_candidates(M: int, N: int, K: int, sm: int) -> list[SkinnyDxConfig]:
+def skinny_dx_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> list[SkinnyDxConfig]:
     """Configurations for dy [M, N] and W [N, K]: of every shape of program that does not spill the best splits.
 
     None where no GPU takes so many rows of dy by the fused product, or this one takes none.
     """
     known = generation(sm)
-    if known == 0 or max(_LIMIT.values()) < M or N < _FEWEST_ROWS:
+    if known == 0 or max(_LIMIT.values()) < M or N < FEWEST_ROWS:
         return []
     return [
         config
         for shape in product((4, 8, 16), (1, 2), (4, 8))
-        if shape[0] * _columns(M, N, known) <= 256
-        for config in _splits(M, N, K, known, shape)[:_TRIED_SPLITS]
+        if shape[0] * _columns(M, N, K, known, blocksize)
+        <= (128 if shape[0] > 4 and _is_divided(K, blocksize) else 256)
+        for config in _splits(M, N, K, known, shape, blocksize)[:_TRIED_SPLITS]
         if config.shared_bytes <= SHARED_LIMIT_BYTES[known]
     ]
 
 
 @lru_cache(maxsize=4096)
-def skinny_dx_config(M: int, N: int, K: int, sm: int) -> SkinnyDxConfig | None:
+def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> SkinnyDxConfig | None:
     """Configuration for dy [M, N] and W [N, K].
 
     Args:
         M: 1 to `skinny_dx_limit(sm)`.
         sm: compute capability, 75 for 7.5.
+        blocksize: quantization block.
 
     Returns:
         None where N is below the eight rows that a lane takes.
     """
     known = generation(sm)
-    if N < _FEWEST_ROWS:
+    if N < FEWEST_ROWS:
         return None
-    columns = _columns(M, N, known)
-    whole = _splits(M, N, K, known, _WHOLE_SHAPE)[0]
+    columns = _columns(M, N, K, known, blocksize)
+    whole = _splits(M, N, K, known, _WHOLE_SHAPE, blocksize)[0]
     if columns == _MANY_ROWS and whole.parts == 1:
         return whole
-    shape = _shapes(known)[columns]
-    if known == MEASURED_ON:
-        shape = _MEASURED.get((N, K, columns), shape)
-    return _splits(M, N, K, known, shape)[0]
+    return _splits(M, N, K, known, _shape(N, K, columns, known, blocksize), blocksize)[0]

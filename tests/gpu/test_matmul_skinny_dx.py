@@ -27,7 +27,7 @@ def fused(dy, packed, state, config=None):
     (N, K), M = state.shape, dy.shape[0]
     scales, nested = scales_of(state)
     dx = torch.full((M, K), torch.nan, device="cuda", dtype=dy.dtype)
-    config = config or skinny_dx_config(M, N, K, sm())
+    config = config or skinny_dx_config(M, N, K, sm(), state.blocksize)
     matmul_skinny_dx_triton(dy, packed, scales, state.blocksize, state.quant_type, dx, config, *nested)
     return dx
 
@@ -44,6 +44,64 @@ def test_every_number_of_rows(new_inputs, shape, nested, dtype):
     for M in range(1, skinny_dx_limit(sm()) + 1):
         dy = gradient(M, shape[0], dtype)
         assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
+
+
+# (N, K, blocksize) where rows are not whole blocks of 64: vision towers' and Bloom's, rows that begin on any byte and
+# within one, blocks longer than W.
+RAGGED = [(1152, 4304, 64), (1280, 3420, 64), (4096, 1024, 32), (264, 1030, 64), (333, 1001, 128), (97, 342, 4096)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
+def test_ragged_rows(new_inputs, N, K, blocksize, nested, dtype):
+    packed, state = weight(N, K, dtype, blocksize=blocksize, compress_statistics=nested)
+    for M in (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 50, 64):
+        dy = gradient(M, N, dtype)
+        assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+def test_ragged_rows_of_every_length(new_inputs, blocksize):
+    for K in [*range(8, 140), 511, 513, 516, 1020, 1023, 1025]:
+        for N in (8, 40, 77):
+            packed, state = weight(N, K, torch.float16, blocksize=blocksize)
+            dy = gradient(9, N, torch.float16)
+            assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
+
+
+@pytest.mark.parametrize("share", range(4))
+@pytest.mark.parametrize(("N", "K"), [(2056, 1020), (333, 1001)])
+def test_every_configuration_of_ragged_rows(new_inputs, N, K, share):
+    packed, state = weight(N, K, torch.float16)
+    for M in (7, 16, 31, 64):
+        dy = gradient(M, N, torch.float16)
+        for config in skinny_dx_candidates(M, N, K, sm(), 64)[share::4]:
+            assert_dx_accurate(fused(dy, packed, state, config), dy, packed, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
+def test_ragged_weights_are_what_dequantize_4bit_gives(N, K, blocksize, dtype):
+    """To the bit where a row of dy takes one row of W, by scales far apart; one is NaN, and stays in its block."""
+    packed, state = weight(N, K, dtype, blocksize=blocksize, compress_statistics=False)
+    state.absmax *= torch.exp2(torch.randint(-8, 8, state.absmax.shape, device="cuda").float())
+    state.absmax[len(state.absmax) // 2] = torch.nan
+    decoded = qkernels.dequantize_4bit(packed, state)
+    for M in (3, 64):
+        rows = torch.cat([torch.arange(N - 2, N), torch.randint(N, (M - 2,))]).cuda()
+        dx = fused(torch.nn.functional.one_hot(rows, N).to(dtype), packed, state)
+        nan = decoded.isnan().any(0)  # 0 times NaN too
+        assert_bits_equal(dx.isnan(), nan.expand(M, K).contiguous())
+        assert_bits_equal(dx[:, ~nan], decoded[rows][:, ~nan])
+
+
+def test_ragged_rows_by_the_operator_and_in_a_graph():
+    packed, state = weight(1280, 3420, torch.float16)
+    assert qkernels.explain(6, 1280, 3420, backward=True).implementation == SKINNY
+    dy = gradient(4, 1280, torch.float16)
+    expected = fused(dy, packed, state)
+    assert_torch_runs_it(lambda dy: qkernels.matmul_4bit_dx(dy, packed, state), dy, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
