@@ -87,7 +87,8 @@ class Rule(NamedTuple):
 def _refuse_skinny(product: Product) -> str | None:
     M, N, K = product[:3]
     blocksize = product.blocksize
-    limit = skinny_dx_limit(product.sm) if product.backward else skinny_limit(product.sm, N, K, blocksize)
+    limit_of = skinny_dx_limit if product.backward else skinny_limit
+    limit = limit_of(product.sm, N, K, blocksize)
     if product.dtype == torch.float32 or (product.dtype == torch.bfloat16 and product.sm < 80):
         return f"sm_{product.sm} has no tensor cores for {product.dtype}".replace("torch.", "")
     if not 1 <= M <= limit:

@@ -21,7 +21,7 @@ def test_every_configuration_can_be_launched(N, K, blocksize, sm):
     most = 32 if sm < 80 else 16 if N % 8 else 64  # rows of dy that begin anywhere are loaded one by one
     if K == 3420 and sm != 90:  # blocks end within a lane's bytes, and two scales take registers
         most = 32
-    for M in range(1, skinny_dx_limit(sm) + 1):
+    for M in range(1, skinny_dx_limit(sm, N, K, blocksize) + 1):
         config = skinny_dx_config(M, N, K, sm, blocksize)
         assert config is not None
         assert config.ragged == (K % 64 != 0 or blocksize == 32)
@@ -45,6 +45,23 @@ def test_every_multiprocessor_and_every_warp_has_work(N, K, sm):
         assert config in skinny_dx_candidates(M, N, K, sm)
 
 
+def test_ragged_rows_of_hopper():
+    """Shapes of programs and limits as measured: narrow programs where wide ones would leave warps without work."""
+    shapes = {
+        (N, K): [skinny_dx_config(M, N, K, 90)[1:4] for M in (1, 16, 32, 64)]
+        for N, K in ((1152, 4304), (1280, 3420), (12288, 4112), (12288, 4100))
+    }
+    assert shapes == {
+        (1152, 4304): [(4, 2, 8), (4, 2, 4), (4, 2, 4), (4, 2, 4)],
+        (1280, 3420): [(4, 2, 8), (4, 2, 4), (4, 2, 4), (4, 2, 8)],
+        (12288, 4112): [(8, 1, 8), (8, 1, 4), (8, 1, 4), (4, 2, 4)],
+        (12288, 4100): [(8, 1, 8), (8, 1, 4), (4, 2, 4), (4, 2, 8)],
+    }
+    assert [skinny_dx_limit(90, *shape, 64) for shape in shapes] == [64, 128, 128, 128]
+    assert skinny_dx_limit(90, 1281, 3420, 64) == 64  # dy is read element by element
+    assert skinny_dx_limit(90, 12288, 4096, 32) == 64  # Hopper's other product takes it
+
+
 def test_many_rows_of_dy_and_a_long_k_need_no_second_launch():
     chosen = {(N, K): skinny_dx_config(64, N, K, 90) for N, K in SHAPES[2:6]}
     assert {shape: (config.columns, config.num_warps, config.parts) for shape, config in chosen.items()} == {
@@ -64,7 +81,8 @@ def test_many_rows_of_dy_and_a_long_k_need_no_second_launch():
         ((256, 4096, 4096, torch.float16, (9, 0)), {}, WGMMA, "M=256 is not in 1 to"),
         ((256, 4096, 4096, torch.float16, (8, 0)), {}, DEQUANTIZE, "M=256 is not in 1 to"),
         ((1, 4096, 4096, torch.float16, (7, 0)), {}, DEQUANTIZE, "M=1 is not in 1 to 0"),
-        ((128, 4096, 4100, torch.float16, (9, 0)), {}, DEQUANTIZE, "K=4100"),
+        ((256, 4096, 4100, torch.float16, (9, 0)), {}, DEQUANTIZE, "K=4100"),
+        ((65, 1152, 4304, torch.float16, (9, 0)), {}, DEQUANTIZE, "M=65 is not in 1 to 64"),
         ((128, 4096, 4096, torch.float16, (9, 0)), {"blocksize": 32}, WGMMA, "M=128 is not in 1 to"),
         ((1, 7, 4096, torch.float16, (9, 0)), {}, DEQUANTIZE, "N=7 is below 8"),
     ],

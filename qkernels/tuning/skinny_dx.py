@@ -78,8 +78,6 @@ _UNDIVIDED = 16
 _DIVIDED_SHAPES = {8: (8, 1, 8), 16: (8, 1, 4), 32: (4, 2, 4)}
 _DIVIDED_HOPPER_SHAPES = {**_DIVIDED_SHAPES, 64: (4, 2, 8)}
 _DIVIDED_TURING_SHAPES = {8: (8, 1, 8), 16: (8, 1, 8), 32: (4, 2, 8)}
-# Ragged weights of at most so many elements, of which a program has a few steps only: what each costs counts.
-_SMALL, _SMALL_SHAPES = 8 << 20, {8: (4, 2, 8), 16: (4, 2, 4), 32: (4, 2, 4)}
 # The same by N, K and the most rows of dy, where `benchmarks.tune` found on an H100 what is faster by more than 3%.
 _MEASURED = {
     (4096, 11008, 8): (8, 2, 8),
@@ -92,17 +90,26 @@ _MEASURED = {
 _WARPS = 8
 # A program's begin and end, the table and the sums, in turns of its warps.
 _FIXED_TURNS = 3
+# Bytes of W a lane with which a turn takes the unit of these.
+_TURN_BYTES = 8
 # The most rows of dy for which the fused product is taken; counted but for an H100, as the forward product's.
 _LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
+# Hopper's other product does not take ragged rows, so cuBLAS is next: slower where K is no multiple of 8, or where a
+# weight so large is decoded first.
+_RAGGED_LIMIT, _FAST_K, _LARGE = 128, 8, 32 << 20
 FEWEST_ROWS = 8  # of W: what a lane takes
 # Where rows of dy do not begin on 16 bytes: loaded one by one, more of them would leave no registers.
 _ALIGNED_N, _UNALIGNED_COLUMNS = 8, 16
 _TRIED_SPLITS = 3
 
 
-def skinny_dx_limit(sm: int) -> int:
+def skinny_dx_limit(sm: int, N: int, K: int, blocksize: int) -> int:
     """The largest M."""
-    return _LIMIT.get(generation(sm), 0)
+    known = generation(sm)
+    others_slower = K % _FAST_K != 0 or N * K >= _LARGE
+    if known == 90 and K % min(blocksize, 64) and N % _ALIGNED_N == 0 and others_slower:
+        return _RAGGED_LIMIT
+    return _LIMIT.get(known, 0)
 
 
 def _columns(M: int, N: int, K: int, known: int, blocksize: int) -> int:
@@ -130,11 +137,8 @@ def _shapes(K: int, known: int, blocksize: int) -> dict[int, tuple[int, int, int
 
 def _shape(N: int, K: int, columns: int, known: int, blocksize: int) -> tuple[int, int, int]:
     """Bytes, k_warps and num_warps for so many rows of dy."""
-    if known == MEASURED_ON:
-        if not is_ragged(K, blocksize) and (N, K, columns) in _MEASURED:
-            return _MEASURED[N, K, columns]
-        if is_ragged(K, blocksize) and N * K <= _SMALL and columns in _SMALL_SHAPES:
-            return _SMALL_SHAPES[columns]
+    if known == MEASURED_ON and not is_ragged(K, blocksize) and (N, K, columns) in _MEASURED:
+        return _MEASURED[N, K, columns]
     return _shapes(K, known, blocksize)[columns]
 
 
@@ -155,6 +159,13 @@ def _splits(M: int, N: int, K: int, known: int, shape: tuple[int, int, int], blo
         found,
         key=lambda one: (-(-tiles * one.parts // places) * (_FIXED_TURNS + one.turns(N)), one.parts),
     )
+
+
+def _expected_turns(config: SkinnyDxConfig, M: int, N: int, K: int, known: int) -> float:
+    """What the busiest place of a multiprocessor does, for shapes of different width."""
+    programs = -(-M // config.columns) * -(-K // config.rows) * config.parts
+    places = PROCESSORS[known] * _WARPS // config.num_warps
+    return -(-programs // places) * (_FIXED_TURNS + config.turns(N) * config.bytes / _TURN_BYTES)
 
 
 def skinny_dx_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> list[SkinnyDxConfig]:
@@ -180,7 +191,7 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Sk
     """Configuration for dy [M, N] and W [N, K].
 
     Args:
-        M: 1 to `skinny_dx_limit(sm)`.
+        M: 1 to `skinny_dx_limit`.
         sm: compute capability, 75 for 7.5.
         blocksize: quantization block.
 
@@ -194,4 +205,10 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Sk
     whole = _splits(M, N, K, known, _WHOLE_SHAPE, blocksize)[0]
     if columns == _MANY_ROWS and whole.parts == 1:
         return whole
-    return _splits(M, N, K, known, _shape(N, K, columns, known, blocksize), blocksize)[0]
+    shape = _shape(N, K, columns, known, blocksize)
+    config = _splits(M, N, K, known, shape, blocksize)[0]
+    if is_ragged(K, blocksize) and columns < _MANY_ROWS:
+        # Warps beside each other take two narrow turns for one: fewer steps may be left over.
+        narrow = _splits(M, N, K, known, (4, 2, shape[2]), blocksize)[0]
+        return min(config, narrow, key=lambda one: _expected_turns(one, M, N, K, known))
+    return config
