@@ -88,9 +88,10 @@ def test_overflows_are_told_from_errors():
     assert accuracy._error(truth, truth, torch.bfloat16)["wrong_overflows"] == 0
 
 
-def test_neighbouring_blocks_are_a_thousandfold_apart():
-    weight = accuracy._weight(Size((8, 256)), accuracy.APART, "cpu", torch.float32)
-    absmax = weight.view(-1, 64).abs().amax(dim=1)
+@pytest.mark.parametrize("size", [Size((8, 256)), Size((8, 256), 32), Size((64, 80))])
+def test_neighbouring_blocks_are_a_thousandfold_apart(size):
+    weight = accuracy._weight(size, accuracy.APART, "cpu", torch.float32)
+    absmax = weight.view(-1, size.blocksize).abs().amax(dim=1)
     ratio = (absmax[1::2] / absmax[::2]).log2()
     assert ratio.mean().item() == pytest.approx(10, abs=0.3)
 

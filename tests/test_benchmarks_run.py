@@ -191,6 +191,7 @@ def test_ragged_weights_are_in_a_record_of_their_own(tmp_path, capsys):
     assert sizes == {int(8192 * (1 / 2 + 1 / 32 + 4 / 8192)) + 16 * (64 + 128) * 2}
     refused = {(row["op"], row["columns"], row["reason"]) for row in rows if row["status"] != "ok"}
     assert all(columns == 80 and "from what its weight gives" in reason for _, columns, reason in refused), refused
+    assert refused or torch.cuda.is_available()
     cases = {case[:2] for case in compare.ratios(read_csv(path))}
     assert {("matmul", "64x80"), ("matmul_dx", "64x128/32")} <= cases
     assert "64x128/32 float16 M=16" in capsys.readouterr().out

@@ -9,7 +9,7 @@ pytest.importorskip("bitsandbytes", reason="the rival, part of the [dev] extra")
 
 from benchmarks import candidates, choice, choice_figure, proposal, readme_tables, tune
 from benchmarks.report import read_csv, write_csv
-from benchmarks.weights import SHAPES
+from benchmarks.weights import LISTS, SHAPES
 from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Choice, Product
 from qkernels.tuning import skinny, skinny_dx, wgmma
 
@@ -30,6 +30,27 @@ TIMES = {
     (SKINNY, "tiles=1", 2): 5.0,
     (SKINNY, "tiles=2", 2): 4.9,
 }
+
+
+def test_a_point_of_a_record_has_its_blocks():
+    (row, *_) = _rows(TIMES)
+    assert choice.product_of(row).blocksize == 64  # of a record that is older than this column
+    assert choice.product_of({**row, "blocksize": 32}).blocksize == 32
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_cannot_be_chosen_for_a_weight_is_no_candidate(backward):
+    """And what is chosen is one."""
+    sizes = [size for named in LISTS.values() for those in named.values() for size in those]
+    for shape, blocksize in dict.fromkeys(sizes):
+        weight = [
+            Product(m, *shape, torch.float16, (9, 0), blocksize, backward) for m in (1, 2, 4, 8, 16, 32, 64, 256, 4096)
+        ]
+        able = {DEQUANTIZE, *(candidates.chosen(one).implementation for one in weight)}
+        for one in weight:
+            found = candidates.candidates(one)
+            assert candidates.chosen(one) in found
+            assert {candidate.implementation for candidate in found} <= able
 
 
 def test_what_is_as_fast_as_the_fastest_passes():
