@@ -1,6 +1,7 @@
 """Do the dispatch and its tables choose the fastest of what was measured?
 
-    python -m benchmarks.choice benchmarks/results/tune-....csv       # default: the newest record of `benchmarks.tune`
+    python -m benchmarks.choice benchmarks/results/tune-....csv       # default: the newest record of `benchmarks.tune`,
+                                                                     # and the newest of `--shapes ragged`
 
 At every measured point the time of what is chosen now may exceed that of the fastest candidate of all, whatever its
 implementation and configuration, by 3%.  It ends with 1 where it exceeds it by more, or where what is chosen was not
@@ -27,6 +28,8 @@ from .report import Row, read_csv
 from .weights import BLOCKSIZE
 
 TOLERANCE = 0.03
+# Of the models' weights, and of those whose rows are not whole blocks.
+RECORDS = ("tune-*.csv", "ragged-tune-*.csv")
 # Implementation and configuration, as they stand in a record.
 Name = tuple[str, str]
 
@@ -184,14 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = record_parser("choice", __doc__)
     parser.add_argument("--points", action="store_true", help="a line for every point as it was measured")
     options = parser.parse_args(arguments)
-    record = record_of(options)
-    if record is None:
-        return 2
-    rows = read_csv(record)
-    if options.points:
-        print(*map(line, points(rows)), sep="\n")
-    print(f"{record.name}:", summary(rows), sep="\n")
-    return 1 if too_slow(rows) else 0
+    status = 0 if (records := records_of(options)) else 2
+    for record in records:
+        rows = read_csv(record)
+        if options.points:
+            print(*map(line, points(rows)), sep="\n")
+        print(f"{record.name}:", summary(rows), sep="\n")
+        status |= bool(too_slow(rows))
+    return status
 
 
 def record_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -199,21 +202,22 @@ def record_parser(name: str, description: str | None) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest)")
+    parser.add_argument("record", type=Path, nargs="?", help="CSV of benchmarks.tune (default: the newest ones)")
     return parser
 
 
-def record_of(options: argparse.Namespace) -> Path | None:
-    """The record that was given, or the newest; None, and said, without any."""
-    record: Path | None = options.record or newest(RESULTS)
-    if record is None:
+def records_of(options: argparse.Namespace) -> list[Path]:
+    """The record that was given, or the newest of each kind; none, and said, without any."""
+    newest_ones = (newest(RESULTS, pattern) for pattern in RECORDS)
+    records = [options.record] if options.record else [record for record in newest_ones if record is not None]
+    if not records:
         print(f"error: no record of benchmarks.tune in {RESULTS}.", file=sys.stderr)
-    return record
+    return records
 
 
-def newest(results: Path) -> Path | None:
-    """The record of `benchmarks.tune` measured last."""
-    found = {path: str(read_csv(path)[0]["date"]) for path in results.glob("tune-*.csv")}
+def newest(results: Path, pattern: str) -> Path | None:
+    """The record of `benchmarks.tune` measured last, of one of `RECORDS`."""
+    found = {path: str(read_csv(path)[0]["date"]) for path in results.glob(pattern)}
     return max(found, key=lambda path: (found[path], path.name)) if found else None
 
 

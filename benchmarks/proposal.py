@@ -1,6 +1,6 @@
 """What the tables of `qkernels/tuning/` and the dispatch's limits would better hold, by a record of `benchmarks.tune`.
 
-    python -m benchmarks.proposal benchmarks/results/tune-....csv      # default: the newest
+    python -m benchmarks.proposal benchmarks/results/tune-....csv      # default: the newest ones
 
 Text for a person to review and paste: nothing is written anywhere.
 """
@@ -14,7 +14,7 @@ from itertools import groupby
 
 from qkernels.dispatch import SKINNY, WGMMA, Product
 
-from .choice import Name, choose, record_of, record_parser, times
+from .choice import Name, choose, record_parser, records_of, times
 from .compare import weight_of
 from .report import Row, read_csv
 
@@ -94,11 +94,10 @@ def _wgmma_group(product: Product) -> tuple[object, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print; 0, or 2 without a record."""
-    record = record_of(record_parser("proposal", __doc__).parse_args(arguments))
-    if record is None:
-        return 2
-    print(*lines(read_csv(record)), sep="\n")
-    return 0
+    records = records_of(record_parser("proposal", __doc__).parse_args(arguments))
+    for record in records:
+        print(f"{record.name}:", *lines(read_csv(record)), sep="\n")
+    return 0 if records else 2
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ def test_a_short_look_shows_nothing_faster_than_the_second_did():
     assert measured == {(SKINNY, "tiles=1"): 5.0, (SKINNY, "tiles=2"): 5.0}
 
 
-def test_the_newest_record_shows_no_implementation_that_is_faster_than_the_chosen_one():
+@pytest.mark.parametrize("kind", choice.RECORDS)
+def test_the_newest_record_shows_no_implementation_that_is_faster_than_the_chosen_one(kind):
     """Where what is chosen now was measured; which configuration is the fastest, `benchmarks.choice` judges."""
-    record = choice.newest(choice.RESULTS)
+    record = choice.newest(choice.RESULTS, kind)
     if record is None:
         pytest.skip("no record of benchmarks.tune")
     known = [loss for loss in choice.losses(read_csv(record)) if loss.chosen_us is not None]
@@ -112,6 +113,18 @@ def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
     assert choice.main([str(record)]) == 1
     said = capsys.readouterr().out
     assert "matmul 4096x4096 float16 M=8: dequantize + cuBLAS, 10.0 us is 11.1% slower than fused skinny" in said
+
+
+def test_ragged_weights_have_a_record_that_counts_too(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "RESULTS", tmp_path / "none")
+    assert choice.main([]) == 2
+    monkeypatch.setattr(choice, "RESULTS", tmp_path)
+    record.rename(tmp_path / "tune-a.csv")
+    assert choice.main([]) == 0
+    rows = [row | {"blocksize": 32, "date": "2026-11-25"} for row in _rows(TIMES)]
+    write_csv(tmp_path / "ragged-tune-a", rows)
+    assert choice.main([]) == 1
+    assert "matmul 4096x4096/32 float16 M=8" in capsys.readouterr().out
 
 
 def test_every_point_is_told_with_its_alternatives(record, capsys):
@@ -180,7 +193,7 @@ def test_what_was_measured_at_a_weight_is_for_that_weight_and_gpu_alone():
 def test_a_trial_leaves_a_record_that_can_be_checked(tmp_path):
     assert tune.main(["--smoke", "--dtype", "float16", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("tune-*.csv")
-    assert choice.newest(tmp_path) == path
+    assert choice.newest(tmp_path, "tune-*.csv") == path
     assert choice.main([str(path)]) == 0
     rows = read_csv(path)
     assert {(row["op"], row["m"], row["round"]) for row in rows} == {
