@@ -310,10 +310,18 @@ def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
 
 
 def skinny_dx_variant(
-    M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool
+    M: int,
+    N: int,
+    K: int,
+    sm: int,
+    dtype: str,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    config: SkinnyDxConfig | None = None,
 ) -> Variant:
-    """The one that `matmul_skinny_dx_triton` would launch."""
-    config = skinny_dx_config(M, N, K, sm, blocksize)
+    """The one that `matmul_skinny_dx_triton` would launch, by the table's configuration or by this one."""
+    config = config or skinny_dx_config(M, N, K, sm, blocksize)
     assert config is not None
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
     constants = skinny_dx_constants(config, torch_dtype)

@@ -10,6 +10,7 @@ from ptx_cpu import CpuKernel
 
 import qkernels
 from qkernels.tuning.skinny import programs
+from qkernels.tuning.skinny_dx import skinny_dx_candidates
 from qkernels.variants import skinny_dx_variant, skinny_variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -111,13 +112,13 @@ def test_what_is_outside_is_an_error():
         skinny.run_dx(lambda one: CpuKernel(one, "sm_75"), variant, dy, short, state)
 
 
-# (N, K, blocksize) where rows are not whole blocks of 64: a lane's bytes lie in one block; blocks end every four and
-# every two k; rows begin within bytes, and W ends within a word; W's last byte is half used; blocks are longer than W.
+# (N, K, blocksize) where rows are not whole blocks of 64: a lane's bytes lie in one block; blocks end every eight, four
+# and two k; rows begin within bytes, and W ends within a word; W's last byte is half used; a block is longer than W.
 RAGGED = [
     (40, 208, 64),
+    (24, 104, 64),
     (24, 212, 64),
     (16, 90, 32),
-    (24, 75, 64),
     (21, 137, 64),
     (33, 35, 32),
     (19, 66, 4096),
@@ -127,16 +128,19 @@ RAGGED = [
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
-@pytest.mark.parametrize("M", [3, 20])
-def test_ragged_dx(arch, M, N, K, blocksize):
-    """To the bit where a row of dy takes one row of W: scales are far apart, and one is NaN."""
+@pytest.mark.parametrize(("M", "width"), [(3, 8), (3, 16), (20, 4)])
+def test_ragged_dx(arch, M, width, N, K, blocksize):
+    """To the bit where a row of dy takes one row of W: scales are far apart, and two are NaN, one of them the last."""
     packed, state = skinny.weight(N, K, torch.float16, device="cpu", blocksize=blocksize, compress_statistics=False)
     state.absmax *= torch.exp2(torch.randint(-6, 6, state.absmax.shape).float())
-    state.absmax[len(state.absmax) // 2] = torch.nan
+    if blocksize < K:  # else it would spoil all
+        state.absmax[[len(state.absmax) // 2, -1]] = torch.nan
     decoded = qkernels.dequantize_4bit(packed, state)
     rows = torch.cat([torch.arange(N - 2, N), torch.randint(N, (M - 2,))])
     dy = torch.nn.functional.one_hot(rows, N).half()
-    variant = skinny_dx_variant(M, N, K, int(arch.removeprefix("sm_")), "fp16", "nf4", blocksize, nested=False)
+    sm = int(arch.removeprefix("sm_"))
+    config = next(one for one in skinny_dx_candidates(M, N, K, sm, blocksize) if one.bytes == width)
+    variant = skinny_dx_variant(M, N, K, sm, "fp16", "nf4", blocksize, False, config)
     dx = skinny.run_dx(lambda one: CpuKernel(one, arch), variant, dy, packed, state)
     # Whatever a row of dy takes, a column with a NaN has one: 0 times NaN.
     assert_bits_equal(dx.nan_to_num(7), (dy @ decoded).nan_to_num(7))

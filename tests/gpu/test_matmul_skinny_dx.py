@@ -51,7 +51,7 @@ def test_every_number_of_rows(new_inputs, shape, nested, dtype):
 RAGGED = [(1152, 4304, 64), (1280, 3420, 64), (4096, 1024, 32), (264, 1030, 64), (333, 1001, 128), (97, 342, 4096)]
 
 
-@pytest.mark.parametrize(("nested", "dtype"), zip([False, True], DTYPES, strict=True))
+@pytest.mark.parametrize(("nested", "dtype"), [(True, torch.float16), (False, torch.bfloat16)])
 @pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
 def test_ragged_rows(new_inputs, N, K, blocksize, nested, dtype):
     packed, state = weight(N, K, dtype, blocksize=blocksize, compress_statistics=nested)
@@ -62,36 +62,35 @@ def test_ragged_rows(new_inputs, N, K, blocksize, nested, dtype):
 
 @pytest.mark.parametrize("K", [8, 9, 31, 33, 36, 60, 66, 104, 127, 513, 1020])
 def test_ragged_rows_of_other_lengths(new_inputs, K):
-    for blocksize in (32, 128):
-        for N in (8, 40, 77):
-            packed, state = weight(N, K, torch.float16, blocksize=blocksize)
-            dy = gradient(9, N, torch.float16)
-            assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
+    for N, blocksize in ((8, 32), (40, 128), (77, 64)):
+        packed, state = weight(N, K, torch.float16, blocksize=blocksize)
+        dy = gradient(9, N, torch.float16)
+        assert_dx_accurate(fused(dy, packed, state), dy, packed, state)
 
 
 @pytest.mark.parametrize("M", [7, 31])
-@pytest.mark.parametrize(("N", "K"), [(2056, 1020), (333, 1001)])
-def test_every_configuration_of_ragged_rows(new_inputs, N, K, M):
+def test_every_configuration_of_ragged_rows(new_inputs, M):
+    N, K = 2056, 1020
     packed, state = weight(N, K, torch.float16)
     dy = gradient(M, N, torch.float16)
     for config in skinny_dx_candidates(M, N, K, sm(), 64):
         assert_dx_accurate(fused(dy, packed, state, config), dy, packed, state)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "dtype"), [(3, torch.float16), (64, torch.bfloat16)])
 @pytest.mark.parametrize(("N", "K", "blocksize"), RAGGED)
-def test_ragged_weights_are_what_dequantize_4bit_gives(N, K, blocksize, dtype):
-    """To the bit where a row of dy takes one row of W, by scales far apart; one is NaN, and stays in its block."""
+def test_ragged_weights_are_what_dequantize_4bit_gives(N, K, blocksize, M, dtype):
+    """To the bit where a row of dy takes one row of W, by scales far apart; two are NaN, and stay in their blocks."""
     packed, state = weight(N, K, dtype, blocksize=blocksize, compress_statistics=False)
     state.absmax *= torch.exp2(torch.randint(-8, 8, state.absmax.shape, device="cuda").float())
-    state.absmax[len(state.absmax) // 2] = torch.nan
+    if blocksize < K:  # else it would spoil all
+        state.absmax[[len(state.absmax) // 2, -1]] = torch.nan
     decoded = qkernels.dequantize_4bit(packed, state)
-    for M in (3, 64):
-        rows = torch.cat([torch.arange(N - 2, N), torch.randint(N, (M - 2,))]).cuda()
-        dx = fused(torch.nn.functional.one_hot(rows, N).to(dtype), packed, state)
-        nan = decoded.isnan().any(0)  # 0 times NaN too
-        assert_bits_equal(dx.isnan(), nan.expand(M, K).contiguous())
-        assert_bits_equal(dx[:, ~nan], decoded[rows][:, ~nan])
+    rows = torch.cat([torch.arange(N - 2, N), torch.randint(N, (M - 2,))]).cuda()
+    dx = fused(torch.nn.functional.one_hot(rows, N).to(dtype), packed, state)
+    nan = decoded.isnan().any(0)  # 0 times NaN too
+    assert torch.equal(dx.isnan(), nan.expand(M, K))
+    assert_bits_equal(dx[:, ~nan], decoded[rows][:, ~nan])
 
 
 def test_ragged_rows_by_the_operator_and_in_a_graph():
