@@ -290,9 +290,9 @@ def skinny_variant(
 
 # (N, K) as above, one that is not split, and an N that is no multiple of eight.
 _SKINNY_DX_SHAPES = ((12288, 4096), (4096, 16384), (11008, 4096), (333, 64), (1001, 4160))
-# (N, K, blocksize) of rows that are not whole blocks of 64: of vision towers, blocks of 32, and rows that begin on any
-# byte and within one.
-_RAGGED_DX_SHAPES = ((1152, 4304, 64), (1280, 3420, 64), (4096, 4096, 32), (1024, 1030, 64), (333, 1001, 128))
+# (N, K, blocksize) of rows that are not whole blocks of 64: of vision towers, blocks of 32, and rows that begin within
+# a byte.
+_RAGGED_DX_SHAPES = ((1152, 4304, 64), (1280, 3420, 64), (4096, 4096, 32), (333, 1001, 128))
 
 
 def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:

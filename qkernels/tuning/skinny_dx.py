@@ -90,8 +90,7 @@ _MEASURED = {
 _WARPS = 8
 # A program's begin and end, the table and the sums, in turns of its warps.
 _FIXED_TURNS = 3
-# Bytes of W a lane with which a turn takes the unit of these.
-_TURN_BYTES = 8
+_TURN_BYTES = 8  # bytes a lane of such a turn; of fewer it takes that much less
 # The most rows of dy for which the fused product is taken; counted but for an H100, as the forward product's.
 _LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
 # Hopper's other product does not take ragged rows, so cuBLAS is next: slower where K is no multiple of 8, or where a
