@@ -92,14 +92,14 @@ _SHAPES = {
     16: ((1, 1, 8, 0), (2, 1, 4, 1.9), (3, 1, 4, 2.5)),
     32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.6), (2, 1, 4, 3.8)),
 }
-# The same where rows are not whole blocks of 64, measured there: what is read of x costs more, and blocks of 32 want
-# twice the scales.  More than 32 rows of x are several programs of 32.
+# The same where rows are not whole blocks of 64, with the columns of a program: what is read of x costs more there, and
+# blocks of 32 want twice the scales.
 _RAGGED_SHAPES = {
-    4: ((1, 1, 8, 0),),
-    8: ((1, 1, 8, 0),),
-    16: ((1, 1, 8, 0), (2, 1, 4, 2.5)),
-    32: ((1, 1, 8, 0), (2, 1, 8, 0.9)),
-    64: ((1, 1, 8, 0), (2, 1, 4, 0.9)),
+    4: ((8, 1, 1, 8, 0),),
+    8: ((8, 1, 1, 8, 0),),
+    16: ((16, 1, 1, 8, 0), (16, 2, 1, 4, 2.5)),
+    32: ((16, 1, 1, 8, 0), (32, 2, 1, 8, 0.9)),
+    64: ((32, 2, 1, 4, 0),),
 }
 # With a long K fewer programs of 32 rows are enough, as each has more to do, by more warps.
 _LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 8, 0.9
@@ -115,8 +115,8 @@ _MEASURED = {
     (1152, 4304, 8): (1, 1, 16),
     (1280, 3420, 8): (1, 1, 16),
 }
-# Where rows are not whole blocks, and where some multiprocessors are left without a program: beyond, decoding apart is
-# faster.
+# Where rows are not whole blocks; and where besides some multiprocessors are left without a program, and rows of W are
+# multiples of 16 bytes as cuBLAS likes them.  Beyond, decoding apart is faster.
 _RAGGED_LIMIT, _SMALL_LIMIT = 64, 32
 _MEASURED_LIMIT = {(4096, 11008): 16}
 MEASURED_ON = 90
@@ -134,7 +134,8 @@ def skinny_limit(sm: int, N: int = 0, K: int = 0, blocksize: int = 64) -> int:
     if limit and phases(K, blocksize):
         if K % min(blocksize, 64) == 0:  # whole blocks of 32: on Hopper more rows of x are the wgmma product's too
             return min(limit, _RAGGED_LIMIT)
-        return _SMALL_LIMIT if programs(N, K, blocksize, 16) < PROCESSORS[known] else _RAGGED_LIMIT
+        small = programs(N, K, blocksize, 16) < PROCESSORS[known] and K % 8 == 0
+        return _SMALL_LIMIT if small else _RAGGED_LIMIT
     return _MEASURED_LIMIT.get((N, K), limit) if known == MEASURED_ON else limit
 
 
@@ -173,24 +174,32 @@ def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> l
     known = generation(sm)
     if known == 0 or max(_LIMIT.values()) < M:
         return []
+    ragged = phases(K, blocksize) > 0
+    columns = {max(8, _most_rows(M)), *(shape[0] for shape in _ragged_shapes(M) if ragged)}
     found = []
-    for tiles, row_warps, num_warps in product((1, 2, 3), (1, 2), (4, 8, 16)):
-        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
-        enough = config.rows == 16 or PROCESSORS[known] <= 2 * programs(N, K, blocksize, config.rows)
+    for own, tiles, row_warps, num_warps in product(sorted(columns), (1, 2, 3), (1, 2), (4, 8, 16)):
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)._replace(columns=own)
+        across = -(-M // own) if ragged else 1
+        enough = config.rows == 16 or PROCESSORS[known] <= 2 * across * programs(N, K, blocksize, config.rows)
         if _fits(config, N, known) and enough:
             found.append(config)
     return found
+
+
+def _ragged_shapes(M: int) -> tuple[tuple[int, int, int, int, float], ...]:
+    return _RAGGED_SHAPES[next((rows for rows in _RAGGED_SHAPES if rows >= M), max(_RAGGED_SHAPES))]
 
 
 def _ragged_config(M: int, N: int, K: int, blocksize: int, known: int) -> SkinnyConfig | None:
     if N < 16 or K < 64:
         return None
     best = None
-    most = next((rows for rows in _RAGGED_SHAPES if rows >= M), max(_RAGGED_SHAPES))
-    for tiles, row_warps, num_warps, least in _RAGGED_SHAPES[most]:
-        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
-        enough = programs(N, K, blocksize, config.rows) >= least * PROCESSORS[known]
-        if config.shared_bytes <= SHARED_LIMIT_BYTES[known] and enough:
+    for columns, tiles, row_warps, num_warps, least in _ragged_shapes(M):
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)._replace(columns=columns)
+        count = programs(N, K, blocksize, config.rows)
+        # Tiles that would only be emptier are no reason for fewer warps or more registers.
+        fewer = best is None or count < programs(N, K, blocksize, best.rows)
+        if config.shared_bytes <= SHARED_LIMIT_BYTES[known] and count >= least * PROCESSORS[known] and fewer:
             best = config
     return best
 
