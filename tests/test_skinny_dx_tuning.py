@@ -57,6 +57,8 @@ def test_ragged_rows_of_hopper():
         (12288, 4112): [(8, 1, 8), (8, 1, 4), (8, 1, 4), (4, 2, 4)],
         (12288, 4100): [(8, 1, 8), (8, 1, 4), (4, 2, 4), (4, 2, 8)],
     }
+    # As many programs as multiprocessors need no second launch.
+    assert [skinny_dx_config(M, 4096, 16384, 90, 32)[1:5] for M in (1, 16, 32)] == [(8, 1, 8, 1)] * 3
     assert [skinny_dx_limit(90, *shape, 64) for shape in shapes] == [64, 128, 128, 128]
     assert skinny_dx_limit(90, 1281, 3420, 64) == 64  # dy is read element by element
     assert skinny_dx_limit(90, 12288, 4096, 32) == 64  # Hopper's other product takes it

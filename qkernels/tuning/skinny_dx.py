@@ -207,7 +207,9 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Sk
     shape = _shape(N, K, columns, known, blocksize)
     config = _splits(M, N, K, known, shape, blocksize)[0]
     if is_ragged(K, blocksize) and columns < _MANY_ROWS:
-        # Warps beside each other take two narrow turns for one: fewer steps may be left over.
-        narrow = _splits(M, N, K, known, (4, 2, shape[2]), blocksize)[0]
-        return min(config, narrow, key=lambda one: _expected_turns(one, M, N, K, known))
+        # Warps beside each other take two narrow turns for one, so fewer steps may be left over; more warps may need no
+        # second launch.
+        others = [(4, 2, shape[2]), (shape[0], shape[1], 8)]
+        found = [config, *(_splits(M, N, K, known, other, blocksize)[0] for other in others)]
+        return min(found, key=lambda one: (_expected_turns(one, M, N, K, known), one.parts > 1))
     return config
