@@ -96,7 +96,9 @@ def _dequantize_4bit_kernel(
     even, odd = _look_up(packed, code_ptr, USE_ASM)
     values = tl.join(even * absmax, odd * absmax).reshape(ROWS, QUANT_BLOCK).to(out_ptr.dtype.element_ty)
     offs_out = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
-    tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
+    # Whatever decodes a weight reads it next: a large part of a small one is still in the L2 cache then.
+    out_ptr += first_block * QUANT_BLOCK
+    tl.store(out_ptr + offs_out, values, mask=offs_out < remaining, eviction_policy="evict_last")
 
 
 _launch = Launcher(_dequantize_4bit_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
