@@ -83,6 +83,7 @@ def _matmul_skinny_kernel(
     PAIRED: gl.constexpr,
     TILES: gl.constexpr,
     ROW_WARPS: gl.constexpr,
+    ONE_BRANCH: gl.constexpr,
     EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
     PHASES: gl.constexpr,
@@ -224,7 +225,14 @@ def _matmul_skinny_kernel(
             if step * K_WARPS + this_k_warp < CHUNKS:
                 acc = paired_chunk(acc, w, x, here, lane, BLOCK, TILES, KIND)
             x = x_then
-        else:
+        elif ONE_BRANCH:
+            if step * K_WARPS + this_k_warp < CHUNKS:
+                w = shared_out(w, lane, BLOCK, TILES)
+                acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
+                x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
+                acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
+                x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
+        else:  # ptxas moves the loads of w_then between the two
             if step * K_WARPS + this_k_warp < CHUNKS:
                 w = shared_out(w, lane, BLOCK, TILES)
                 acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
@@ -269,6 +277,7 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "PAIRED": config.paired,
         "TILES": config.tiles,
         "ROW_WARPS": config.row_warps,
+        "ONE_BRANCH": config.one_branch,
         "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
     }

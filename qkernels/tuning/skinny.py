@@ -31,6 +31,8 @@ class SkinnyConfig(NamedTuple):
     paired: eight columns hold x, M <= 4, twice: for the first and for the second half of a chunk; with blocks of 32,
         M <= 2, four times.
     turing: the instruction is sm_75's m16n8k8, else m16n8k16.
+    one_branch: a step is one branch for the warps that have it, before which W is loaded for the next one; else it is
+        two with that between them, which takes fewer registers.
     early: it begins while the kernel before it ends (`kernels/_early.py`).
     shared_bytes: shared memory of a program.
     max_registers: registers a thread may use; None leaves it to ptxas.
@@ -42,6 +44,7 @@ class SkinnyConfig(NamedTuple):
     num_warps: int
     paired: bool
     turing: bool
+    one_branch: bool
     early: bool
     shared_bytes: int
     max_registers: int | None = None
@@ -115,6 +118,10 @@ _MEASURED = {
     (1152, 4304, 8): (1, 1, 16),
     (1280, 3420, 8): (1, 1, 16),
 }
+# Tiles of eight columns a warp for which a step can be one branch without a spill, where rows are whole blocks; and by
+# N, K and columns where two were faster.
+_ONE_BRANCH_TILES = 8
+_TWO_BRANCHES = {(4096, 11008, 16)}
 # Where rows are not whole blocks; and where besides some multiprocessors are left without a program, and rows of W are
 # multiples of 16 bytes as cuBLAS likes them.  Beyond, decoding apart is faster.
 _RAGGED_LIMIT, _SMALL_LIMIT = 64, 32
@@ -159,7 +166,9 @@ def _config(
         row = 4 * 32 * num_warps
         too_many = (SHARED_LIMIT_BYTES[known] + _RESERVED_BYTES) // (share + 1) - _RESERVED_BYTES
         shared = max(shared, (too_many // row + 1) * row)
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, early, shared)
+    whole = phases(K, blocksize) == 0 and tiles * columns <= _ONE_BRANCH_TILES * 8
+    one_branch = whole and (N, K, columns) not in _TWO_BRANCHES
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, one_branch, early, shared)
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
