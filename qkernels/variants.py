@@ -23,7 +23,7 @@ from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
-from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants
+from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants, skinny_sum_constants
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
@@ -251,19 +251,33 @@ def _matmul_skinny(sm: int) -> Iterator[Variant]:
     for M in (1, 8, 16, 32):
         for N, K, blocksize in _RAGGED_SHAPES:
             yield skinny_variant(M, N, K, sm, "fp16", "nf4", blocksize, True, has_bias=True)
+    for N, K in _SKINNY_SHAPES:
+        config = skinny_config(32, N, K, sm)
+        if config is not None and config.parts > 1:
+            yield sum_variant(skinny_sum_constants(config))
     if sm >= 80:
         yield skinny_variant(16, 1152, 4304, sm, "bf16", "nf4", 64, False, has_bias=False)
 
 
 def skinny_variant(
-    M: int, N: int, K: int, sm: int, dtype: str, quant_type: str, blocksize: int, nested: bool, has_bias: bool
+    M: int,
+    N: int,
+    K: int,
+    sm: int,
+    dtype: str,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    has_bias: bool,
+    config: SkinnyConfig | None = None,
 ) -> Variant:
-    """The one that `matmul_skinny_triton` would launch."""
-    config = skinny_config(M, N, K, sm, blocksize)
+    """The one that `matmul_skinny_triton` would launch, of the table's configuration or of another."""
+    config = config or skinny_config(M, N, K, sm, blocksize)
     assert config is not None
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
     phases, tail = ragged_constants(N, K, blocksize)
-    pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    out = f"*{dtype}" if config.parts == 1 else "*fp32"
+    pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": out}
     scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias = {"bias_ptr": f"*{dtype}"}
     constants = {
@@ -347,9 +361,10 @@ def skinny_dx_variant(
 
 
 def sum_variant(constants: dict[str, object]) -> Variant:
-    """Of the kernel that adds the parts of a split dX."""
+    """Of the kernel that adds the parts of a split product."""
     signature = {"parts_ptr": "*fp32", "out_ptr": "*fp16"} | dict.fromkeys(("M", "R", "columns_of_tiles"), "i32")
-    return Variant("sum_parts fp16", sum_parts_kernel, signature, constants, SUM_CONFIG)
+    name = f"sum_parts fp16 {constants['PARTS']} of {constants['ROWS']} x {constants['COLUMNS']}"
+    return Variant(name, sum_parts_kernel, signature, constants, SUM_CONFIG)
 
 
 def _matmul_wgmma() -> Iterator[Variant]:

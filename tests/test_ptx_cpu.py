@@ -9,9 +9,10 @@ from exact import assert_bits_equal
 from ptx_cpu import CpuKernel
 
 import qkernels
-from qkernels.tuning.skinny import programs
+from qkernels.kernels.matmul_skinny import skinny_sum_constants
+from qkernels.tuning.skinny import SkinnyConfig, programs
 from qkernels.tuning.skinny_dx import skinny_dx_candidates
-from qkernels.variants import skinny_dx_variant, skinny_variant
+from qkernels.variants import skinny_dx_variant, skinny_variant, sum_variant
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,6 +65,27 @@ def test_forward(arch, M, N, K):
     packed, state = skinny.weight(N, K, torch.float16, device="cpu")
     x, bias = torch.randn(M, K).half(), torch.randn(N).half()
     skinny.assert_accurate(forward(arch, x, packed, state, bias), x, packed, state, bias)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("M", "K", "shape"), [(29, 640, (2, 2, 4, 4)), (40, 704, (2, 4, 8, 3)), (17, 384, (1, 1, 4, 2))]
+)
+def test_forward_in_parts_of_k(M, K, shape, has_bias):
+    N, shared = 128, 65536
+    packed, state = skinny.weight(N, K, torch.float16, device="cpu")
+    tiles, row_warps, num_warps, parts = shape
+    config = SkinnyConfig(32, tiles, row_warps, num_warps, False, False, True, True, parts, shared)
+    variant = skinny_variant(M, N, K, 90, "fp16", "nf4", 64, True, has_bias, config=config)
+    x, bias, y = torch.randn(M, K).half(), torch.randn(N).half(), torch.full((M, N), torch.nan).half()
+    columns, rows = -(-M // config.columns), N // config.rows
+    sums = torch.full((columns * rows * parts * config.rows * config.columns,), torch.nan)
+    arguments = {"x_ptr": x, "packed_ptr": packed, "out_ptr": sums, "M": M, "N": N} | skinny.scale_arguments(state)
+    CpuKernel(variant, "sm_90")((columns, rows, parts), arguments | ({"bias_ptr": bias} if has_bias else {}))
+    adding = CpuKernel(sum_variant(skinny_sum_constants(config)), "sm_90")
+    sizes = {"M": M, "R": N, "columns_of_tiles": columns}
+    adding((columns * rows, config.columns, 1), {"parts_ptr": sums, "out_ptr": y, **sizes})
+    skinny.assert_accurate(y, x, packed, state, bias if has_bias else None)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])

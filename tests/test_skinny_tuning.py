@@ -35,7 +35,8 @@ def test_every_configuration_can_be_launched(N, K, sm):
         assert config.num_warps % config.row_warps == 0
         assert config.paired == (M <= 4)
         assert config.turing == (sm < 80)
-        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps)
+        used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps, parts=config.parts)
+        assert config.parts == 1 or N % config.rows == 0
         assert used <= config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
         assert used == config.shared_bytes or (M <= 4 and config.early)
         assert config.early == (sm >= 90 and not 4 < M <= 8)
@@ -80,7 +81,7 @@ def test_a_long_k_has_its_own_programs():
         1: (1, 1, 8),
         8: (2, 1, 8),
         16: (2, 1, 8),
-        32: (2, 1, 8),
+        32: (2, 4, 8),
     }
 
 

@@ -167,15 +167,18 @@ def load_scales(
     QUANT_BLOCK: gl.constexpr,
     ROWS: gl.constexpr,
     PHASES: gl.constexpr,
+    CHUNKS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Two scales for each 128 k, four in blocks of 32: of two (first, second), nested (first's and second's index, and
-    their scales).  `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that."""
+    their scales).  `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that;
+    else the first of its CHUNKS chunks."""
     BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
     PER_BLOCK: gl.constexpr = QUANT_BLOCK // BLOCK
     loaded = ()
     for i in gl.static_range(SCALE_BATCH):
-        row, pair = _scale_place(BATCH, i, warp, lane, chunks_of(K) * (64 // BLOCK), num_warps)
+        row, pair = _scale_place(BATCH, i, warp, lane, CHUNKS * (64 // BLOCK), num_warps)
+        here = (pair < CHUNKS * (64 // BLOCK)) & (row < ROWS)
         if PHASES > 0:
             window = window_of(gl.minimum(rows[0] + row, rows[2] - 1), rows[1], K, PHASES)
             half = window * (64 // BLOCK) + pair * 2
@@ -183,13 +186,14 @@ def load_scales(
             begin = shift // BLOCK  # a block of 32 before it is all of the row before
             halves = (shift + (K - 1)) // BLOCK + 1
         else:
+            pair += rows[1]
             half = (rows[0] + row) * (K // 64) + pair * 2  # counted in 64 weights
             begin = 0
             halves = K // 64
-        inside = (pair * 2 < halves) & (row < ROWS)
+        inside = (pair * 2 < halves) & here
         if BLOCK == 32:
             inside = inside & (pair * 2 >= begin)
-        inside_2 = (pair * 2 + 1 < halves) & (row < ROWS)
+        inside_2 = (pair * 2 + 1 < halves) & here
         if NESTED:
             loaded = loaded + (
                 gl.load(absmax_8bit_ptr + half // PER_BLOCK, mask=inside, other=0),
@@ -236,15 +240,14 @@ def store_scales(
     warp,
     lane,
     BATCH: gl.constexpr,
-    K: gl.constexpr,
     NESTED: gl.constexpr,
     BLOCK: gl.constexpr,
     ROWS: gl.constexpr,
+    CHUNKS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Decode what `load_scales` loaded and lay it out as [chunk][row][CHUNK / BLOCK], float32."""
     PAIRS: gl.constexpr = 64 // BLOCK  # of a chunk
-    CHUNKS: gl.constexpr = chunks_of(K)
     for i in gl.static_range(SCALE_BATCH):
         if NESTED:
             scale = load_shared(map_address + loaded[4 * i].to(gl.int32) * 4) * loaded[4 * i + 2] + offset

@@ -28,11 +28,13 @@ def add_and_store(
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROW_WARPS: gl.constexpr,
+    PARTS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Add up the warps along K, in their order, and store.  Shared memory holds [value][thread], float32.
 
-    `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that.
+    `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that.  Of K in parts
+    they are this program's part of the results, [m][row] in float32.
     """
     SUMS: gl.constexpr = 128 // BLOCK if PAIRED else 1  # lanes with a sum of the same result
     first_row = rows[0]
@@ -65,5 +67,9 @@ def add_and_store(
             row = row * PHASES + rows[1]
         total = total * (1.0 / ALPHA)
         if HAS_BIAS:
-            total += gl.load(bias_ptr + row, mask=inside, other=0.0).to(gl.float32)
-        gl.store(out_ptr + column.to(gl.int64) * N + row, total.to(out_ptr.dtype.element_ty), mask=inside)
+            with_bias = inside & (gl.program_id(2) == 0) if PARTS > 1 else inside
+            total += gl.load(bias_ptr + row, mask=with_bias, other=0.0).to(gl.float32)
+        if PARTS > 1:
+            gl.store(out_ptr + column * (16 * TILES * ROW_WARPS) + (row - first_row), total, mask=inside)
+        else:
+            gl.store(out_ptr + column.to(gl.int64) * N + row, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -54,6 +54,7 @@ from ._skinny_inputs import (
     store_scales,
 )
 from ._skinny_sums import add_and_store
+from ._sum_parts import SUM_CONFIG, sum_parts_kernel
 
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
 MAP_BYTES = gl.constexpr(_MAP_SIZE)
@@ -85,6 +86,7 @@ def _matmul_skinny_kernel(
     ROW_WARPS: gl.constexpr,
     ONE_BRANCH: gl.constexpr,
     EARLY: gl.constexpr,
+    PARTS: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
     PHASES: gl.constexpr,
     TAIL: gl.constexpr,
@@ -97,7 +99,8 @@ def _matmul_skinny_kernel(
     BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
     SCALES: gl.constexpr = CHUNK // BLOCK  # of a row and chunk
     CHUNKS: gl.constexpr = chunks_of(K)
-    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((CHUNKS * SCALES // 2 + 31) // 32)
+    PART: gl.constexpr = (CHUNKS + PARTS - 1) // PARTS  # chunks of a program
+    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((PART * SCALES // 2 + 31) // 32)
     SCALE_BATCHES: gl.constexpr = (SCALE_TURNS + SCALE_BATCH - 1) // SCALE_BATCH
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     memory = gl.allocate_shared_memory(
@@ -115,7 +118,15 @@ def _matmul_skinny_kernel(
     scales = map_address + MAP_BYTES
     # Programs beside each other share W's rows, which the second finds in the cache.
     x_ptr += gl.program_id(0) * (COLUMNS * K)
-    out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
+    begin = 0
+    end = CHUNKS
+    if PARTS > 1:
+        begin = gl.program_id(2) * PART
+        end = gl.minimum(begin + PART, CHUNKS)
+        tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+        out_ptr += (tile * PARTS + gl.program_id(2)).to(gl.int64) * (ROWS * COLUMNS)
+    else:
+        out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
     M -= gl.program_id(0) * COLUMNS
     if PHASES > 0:
         phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, K, PHASES)
@@ -127,7 +138,7 @@ def _matmul_skinny_kernel(
         # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
         first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
         row = first_row + row_warp * (16 * TILES) + g
-        rows = (first_row,)
+        rows = (first_row, begin)
         w_address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
         shift = 0
     if PAIRED:
@@ -145,9 +156,9 @@ def _matmul_skinny_kernel(
 
     if EARLY:
         fill_table(shared, warp, lane, CODES, num_warps)
-        first_chunk = gl.minimum(k_warp, CHUNKS - 1)
+        first_chunk = gl.minimum(begin + k_warp, end - 1)
         fetch_weights(w_address, first_chunk, t, shift, K, PHASES, TILES)
-        if NESTED and PHASES == 0:
+        if NESTED and PHASES == 0 and PARTS == 1:
             fetch_scales(absmax_8bit_ptr, first_row, thread, K, QUANT_BLOCK, ROWS, THREADS)
         wait_for_previous(thread)
         let_next_begin(thread)
@@ -167,10 +178,11 @@ def _matmul_skinny_kernel(
         QUANT_BLOCK,
         ROWS,
         PHASES,
+        PART,
         num_warps,
     )
-    chunk = gl.minimum(k_warp, CHUNKS - 1)
-    inside_now = inside * (k_warp < CHUNKS).to(gl.int32)
+    chunk = gl.minimum(begin + k_warp, end - 1)
+    inside_now = inside * (begin + k_warp < end).to(gl.int32)
     w = load_weights(w_address, chunk, t, shift, last, K, PHASES, TAIL, TILES)
     if PAIRED:
         x = load_x_paired(x_address, first_k, chunk, t, inside_now, K, PHASES)
@@ -188,7 +200,7 @@ def _matmul_skinny_kernel(
     if NESTED:
         store_map(map_address, map_entries, thread, THREADS)
         wait_for_all(thread)
-    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, K, NESTED, BLOCK, ROWS, num_warps)
+    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, NESTED, BLOCK, ROWS, PART, num_warps)
     for batch in gl.static_range(1, SCALE_BATCHES):
         scale_pairs = load_scales(
             absmax_ptr,
@@ -203,41 +215,42 @@ def _matmul_skinny_kernel(
             QUANT_BLOCK,
             ROWS,
             PHASES,
+            PART,
             num_warps,
         )
-        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, K, NESTED, BLOCK, ROWS, num_warps)
+        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, NESTED, BLOCK, ROWS, PART, num_warps)
     wait_for_all(thread)
 
     acc = zeros(lane)
     for _ in gl.static_range(1, TILES * GROUPS):
         acc = acc + zeros(lane)
     this_k_warp = warp_number(K_WARPS)
-    for step in range((CHUNKS + K_WARPS - 1) // K_WARPS):
-        chunk = step * K_WARPS + k_warp
-        following = gl.minimum(chunk + K_WARPS, CHUNKS - 1)
-        inside_then = inside * (chunk + K_WARPS < CHUNKS).to(gl.int32)
+    for step in range((PART + K_WARPS - 1) // K_WARPS):
+        chunk = begin + step * K_WARPS + k_warp
+        following = gl.minimum(chunk + K_WARPS, end - 1)
+        inside_then = inside * (chunk + K_WARPS < end).to(gl.int32)
         # A warp without a chunk of its own has zeros for x and computes with the last one's scales.
-        here = scales + gl.minimum(chunk, CHUNKS - 1) * ((ROWS + 1) * 4 * SCALES)
+        here = scales + (gl.minimum(chunk, end - 1) - begin) * ((ROWS + 1) * 4 * SCALES)
         here += (row_warp * (16 * TILES) + g) * (4 * SCALES)
         w_then = load_weights(w_address, following, t, shift, last, K, PHASES, TAIL, TILES)
         if PAIRED:
             x_then = load_x_paired(x_address, first_k, following, t, inside_then, K, PHASES)
-            if step * K_WARPS + this_k_warp < CHUNKS:
+            if begin + step * K_WARPS + this_k_warp < end:
                 acc = paired_chunk(acc, w, x, here, lane, BLOCK, TILES, KIND)
             x = x_then
         elif ONE_BRANCH:
-            if step * K_WARPS + this_k_warp < CHUNKS:
+            if begin + step * K_WARPS + this_k_warp < end:
                 w = shared_out(w, lane, BLOCK, TILES)
                 acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
                 x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
                 acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
                 x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
         else:  # ptxas moves the loads of w_then between the two
-            if step * K_WARPS + this_k_warp < CHUNKS:
+            if begin + step * K_WARPS + this_k_warp < end:
                 w = shared_out(w, lane, BLOCK, TILES)
                 acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
             x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
-            if step * K_WARPS + this_k_warp < CHUNKS:
+            if begin + step * K_WARPS + this_k_warp < end:
                 acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
             x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
         w = w_then
@@ -262,11 +275,13 @@ def _matmul_skinny_kernel(
         TILES,
         GROUPS,
         ROW_WARPS,
+        PARTS,
         num_warps,
     )
 
 
 _LAUNCHERS = early_and_late(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
+_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
 
 
 def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -279,6 +294,7 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "ROW_WARPS": config.row_warps,
         "ONE_BRANCH": config.one_branch,
         "EARLY": config.early,
+        "PARTS": config.parts,
         "SHARED_BYTES": config.shared_bytes,
     }
 
@@ -298,7 +314,7 @@ def skinny_launch(
     nested: bool,
     has_bias: bool,
     config: SkinnyConfig,
-) -> Launch:
+) -> Launch | LaunchInParts:
     """The launch for products of this kind, a function of (x, packed, absmax, absmax_8bit, absmax_code, absmax_offset,
     bias, out) as they are described below.
 
@@ -319,8 +335,46 @@ def skinny_launch(
         *skinny_constants(config, dtype).values(),
         *ragged_constants(N, K, blocksize),
     )
-    grid = -(-M // config.columns), programs(N, K, blocksize, config.rows), 1
-    return Launch(_LAUNCHERS[config.early], grid, (M, N), constants, config)
+    grid = -(-M // config.columns), programs(N, K, blocksize, config.rows), config.parts
+    launch = Launch(_LAUNCHERS[config.early], grid, (M, N), constants, config)
+    return launch if config.parts == 1 else LaunchInParts(launch, (M, N), grid, config)
+
+
+def skinny_sum_constants(config: SkinnyConfig) -> dict[str, object]:
+    """The compile-time arguments of the kernel that adds the parts, in its order."""
+    return {
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "PARTS": config.parts,
+        "PIECE": 1,
+        "EARLY": config.early,
+    }
+
+
+class LaunchInParts:
+    """A launch for products of which each program has a part of K, and the launch that adds these."""
+
+    def __init__(
+        self, launch: Launch, sizes: tuple[int, int], grid: tuple[int, int, int], config: SkinnyConfig
+    ) -> None:
+        columns_of_tiles, rows_of_tiles, parts = grid
+        tiles = columns_of_tiles * rows_of_tiles
+        self._launch = launch
+        self._size = tiles * parts * config.rows * config.columns
+        self._sum = Launch(
+            _SUM_LAUNCHERS[config.early],
+            (tiles, config.columns, 1),
+            (*sizes, columns_of_tiles),
+            tuple(skinny_sum_constants(config).values()),
+            SUM_CONFIG,
+        )
+
+    def __call__(self, *pointers: torch.Tensor | None) -> None:
+        out = pointers[-1]
+        assert out is not None
+        parts = torch.empty(self._size, dtype=torch.float32, device=out.device)
+        self._launch(*pointers[:-1], parts)
+        self._sum(parts, out)
 
 
 def matmul_skinny_triton(

@@ -34,6 +34,8 @@ class SkinnyConfig(NamedTuple):
     one_branch: a step is one branch for the warps that have it, before which W is loaded for the next one; else it is
         two with that between them, which takes fewer registers.
     early: it begins while the kernel before it ends (`kernels/_early.py`).
+    parts: into which K is shared out over programs, where there are whole blocks and programs' rows; a launch of its
+        own adds them.
     shared_bytes: shared memory of a program.
     max_registers: registers a thread may use; None leaves it to ptxas.
     """
@@ -46,6 +48,7 @@ class SkinnyConfig(NamedTuple):
     turing: bool
     one_branch: bool
     early: bool
+    parts: int
     shared_bytes: int
     max_registers: int | None = None
 
@@ -73,10 +76,12 @@ def programs(N: int, K: int, blocksize: int, rows: int) -> int:
     return apart * -(-together // rows)
 
 
-def shared_bytes(K: int, columns: int, tiles: int, row_warps: int, num_warps: int, blocksize: int = 64) -> int:
+def shared_bytes(
+    K: int, columns: int, tiles: int, row_warps: int, num_warps: int, blocksize: int = 64, parts: int = 1
+) -> int:
     """Shared memory of a program: the table, the map and the scales of each row and chunk of K; later the sums, one a
     thread and value.  Whole rows of one float32 a thread."""
-    scales = (chunks(K) + 1) * (16 * tiles * row_warps + 1) * 4 * (CHUNK // min(blocksize, 64))
+    scales = (-(-chunks(K) // parts) + 1) * (16 * tiles * row_warps + 1) * 4 * (CHUNK // min(blocksize, 64))
     row = 4 * 32 * num_warps
     return -(-max(TABLE_BYTES + MAP_BYTES + scales, 4 * tiles * (columns // 8) * row) // row) * row
 
@@ -106,8 +111,11 @@ _RAGGED_SHAPES = {
 }
 # With a long K fewer programs of 32 rows are enough, as each has more to do, by more warps.
 _LONG_K, _LONG_WARPS, _LONG_PROGRAMS = 8192, 8, 0.9
-# (tiles, row_warps, num_warps) by N, K and the most rows of x, a power of two, where `benchmarks.tune` found on an H100
-# what is faster by more than 3%; and the most rows of x for which the product is taken at a weight.
+# (tiles, row_warps, num_warps, parts) for more than 16 rows of x and a long K: fewer programs read the same x, as each
+# has more rows of W.
+_SPLIT_SHAPES = ((2, 2, 4, 4), (2, 4, 8, 4))
+# (tiles, row_warps, num_warps, parts if not 1) by N, K and the most rows of x, a power of two, where `benchmarks.tune`,
+# or a trial (`docs/log.md`), found on an H100 what is faster by more than 3%.
 _MEASURED = {
     (4096, 4096, 1): (1, 1, 16),
     (4096, 4096, 16): (1, 2, 16),
@@ -115,6 +123,8 @@ _MEASURED = {
     (4096, 11008, 4): (2, 1, 8),
     (4096, 11008, 8): (1, 1, 8),
     (4096, 11008, 16): (1, 1, 8),
+    (4096, 11008, 32): (2, 2, 4, 4),
+    (4096, 16384, 32): (2, 4, 8, 4),
     (1152, 4304, 8): (1, 1, 16),
     (1280, 3420, 8): (1, 1, 16),
 }
@@ -125,7 +135,6 @@ _TWO_BRANCHES = {(4096, 11008, 16)}
 # Where rows are not whole blocks; and where besides some multiprocessors are left without a program, and rows of W are
 # multiples of 16 bytes as cuBLAS likes them.  Beyond, decoding apart is faster.
 _RAGGED_LIMIT, _SMALL_LIMIT = 64, 32
-_MEASURED_LIMIT = {(4096, 11008): 16}
 MEASURED_ON = 90
 
 
@@ -143,7 +152,7 @@ def skinny_limit(sm: int, N: int = 0, K: int = 0, blocksize: int = 64) -> int:
             return min(limit, _RAGGED_LIMIT)
         small = programs(N, K, blocksize, 16) < PROCESSORS[known] and K % 8 == 0
         return _SMALL_LIMIT if small else _RAGGED_LIMIT
-    return _MEASURED_LIMIT.get((N, K), limit) if known == MEASURED_ON else limit
+    return limit
 
 
 def _most_rows(M: int) -> int:
@@ -152,11 +161,11 @@ def _most_rows(M: int) -> int:
 
 
 def _config(
-    M: int, N: int, K: int, blocksize: int, known: int, tiles: int, row_warps: int, num_warps: int
+    M: int, N: int, K: int, blocksize: int, known: int, tiles: int, row_warps: int, num_warps: int, parts: int = 1
 ) -> SkinnyConfig:
     columns = max(8, _most_rows(M))
     paired = 1 <= M <= (4 if blocksize >= 64 else 2)
-    shared = shared_bytes(K, columns, tiles, row_warps, num_warps, blocksize)
+    shared = shared_bytes(K, columns, tiles, row_warps, num_warps, blocksize, parts)
     # Where registers leave a multiprocessor room for more programs than its share, those of a kernel that begins early
     # crowd where there is room first, and an H100 took up to 25% longer.  For M <= 4 they ask for the shared memory of
     # a share then.  For 5 to 8 rows that left too little of it to the cache, and neither way was faster everywhere.
@@ -168,11 +177,12 @@ def _config(
         shared = max(shared, (too_many // row + 1) * row)
     whole = phases(K, blocksize) == 0 and tiles * columns <= _ONE_BRANCH_TILES * 8
     one_branch = whole and (N, K, columns) not in _TWO_BRANCHES
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, one_branch, early, shared)
+    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, one_branch, early, parts, shared)
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
-    return config.rows <= N and config.shared_bytes <= SHARED_LIMIT_BYTES[known]
+    whole = config.parts == 1 or N % config.rows == 0
+    return whole and config.rows <= N and config.shared_bytes <= SHARED_LIMIT_BYTES[known]
 
 
 def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> list[SkinnyConfig]:
@@ -191,6 +201,11 @@ def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> l
         across = -(-M // own) if ragged else 1
         enough = config.rows == 16 or PROCESSORS[known] <= 2 * across * programs(N, K, blocksize, config.rows)
         if _fits(config, N, known) and enough:
+            found.append(config)
+    whole = phases(K, blocksize) == 0 and K >= _LONG_K and M > 16
+    for tiles, row_warps, num_warps, parts in _SPLIT_SHAPES if whole else ():
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps, parts)
+        if _fits(config, N, known):
             found.append(config)
     return found
 

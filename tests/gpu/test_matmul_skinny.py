@@ -12,7 +12,7 @@ import qkernels
 from qkernels.dispatch import DEQUANTIZE, SKINNY
 from qkernels.kernels.matmul_skinny import matmul_skinny_triton
 from qkernels.known import scales_of
-from qkernels.tuning.skinny import skinny_config, skinny_limit
+from qkernels.tuning.skinny import skinny_candidates, skinny_config, skinny_limit
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16]
@@ -23,12 +23,12 @@ def sm() -> int:
     return 10 * major + minor
 
 
-def fused(x, packed, state, bias=None):
+def fused(x, packed, state, bias=None, config=None):
     """The kernel's own result, into an output whose every element is NaN until it is written."""
     (N, K), M = state.shape, x.numel() // state.shape[1]
     scales, nested = scales_of(state)
     out = torch.full((*x.shape[:-1], N), torch.nan, device="cuda", dtype=x.dtype)
-    config = skinny_config(M, N, K, sm(), state.blocksize)
+    config = config or skinny_config(M, N, K, sm(), state.blocksize)
     matmul_skinny_triton(x, packed, scales, state.blocksize, state.quant_type, bias, out, config, *nested)
     return out
 
@@ -60,6 +60,22 @@ def test_every_depth(new_inputs, M, dtype):
         packed, state = weight(48, K, dtype)
         x = torch.randn(M, K, device="cuda", dtype=dtype)
         assert_accurate(fused(x, packed, state), x, packed, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(128, 8192), (256, 8256), (4096, 11008), (4096, 16384)])
+def test_parts_of_k(new_inputs, shape, nested, dtype):
+    packed, state = weight(*shape, dtype, compress_statistics=nested)
+    for M in (17, 29, 32, 40):
+        in_parts = [config for config in skinny_candidates(M, *shape, sm()) if config.parts > 1]
+        assert in_parts
+        x = torch.randn(M, shape[1], device="cuda", dtype=dtype)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype) if M % 2 else None
+        for config in in_parts:
+            y = fused(x, packed, state, bias, config)
+            assert_accurate(y, x, packed, state, bias)
+            assert_bits_equal(fused(x, packed, state, bias, config), y)
 
 
 @pytest.mark.parametrize("quant_type", qkernels.QUANT_TYPES)
