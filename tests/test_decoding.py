@@ -50,6 +50,7 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(Decoding, "_capture", capture)
     monkeypatch.setattr(decoding, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(decoding, "can_defer", lambda **arguments: False)  # a CPU has no events
     return found
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import LogitsProcessorList, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .cache import CACHE
 from .capture import capture
 from .state import is_listened_to, state_of
+from .stopping import can_defer, deferred
 
 # A cache's length is a multiple of it, so that prompts and answers of many lengths meet in one graph.
 LENGTHS = 128
@@ -232,6 +233,16 @@ class GeneratingModel:
         cache = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
         is_plain = type(cache) is StaticCache and not cache.offloading
         return decoding.with_kept_layers(cache, kwargs["batch_size"]) if is_plain else cache
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop over the tokens; see stopping.py."""
+        loop = functools.partial(super()._sample, input_ids, *args)  # type: ignore[misc]
+        if args or self._decoding is None or not (_on_gpu(input_ids) and can_defer(**kwargs)):
+            return loop(**kwargs)
+        processors = kwargs.pop("logits_processor")
+        return deferred(
+            lambda those: loop(logits_processor=LogitsProcessorList(those), **kwargs), input_ids, processors
+        )
 
 
 class _Graphed(functools.partial):  # type: ignore[type-arg]

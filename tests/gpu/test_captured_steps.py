@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
+from transformers.generation import utils
 
 from qlora import NF4Config, optimize_model, prepare_model_for_training, quantize_model
 from qlora.optimize.capture import capture
@@ -187,6 +188,28 @@ def test_decoding_writes_the_same_tokens(family, padding, monkeypatch):
         assert found.tolist() == expected.tolist()
     assert len(replays) == 18 + 19 + 29 + 2  # all steps of one token but for the very first one
     assert "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
+@pytest.mark.parametrize("sampling", [False, True])
+def test_decoding_ends_where_the_texts_end(family, sampling, monkeypatch):
+    late = []
+    stock = utils.DeferredStopCheck.__call__
+    monkeypatch.setattr(utils.DeferredStopCheck, "__call__", lambda *args: (late.append(1), stock(*args))[1])
+    plain, model = tiny_model(family, hidden_size=64).cuda(), tiny_model(family, hidden_size=64).cuda()
+    optimize_model(model, graphs=True)
+    ids = tokens(2, 9).cuda()
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": sampling, "pad_token_id": 0}
+
+    def written(which, ends, **cache):
+        torch.manual_seed(5)
+        return [which.generate(ids, **settings, eos_token_id=ends, **cache).tolist() for _ in range(3)]
+
+    whole = written(plain, None)[0]
+    for ends in (None, [row[9 + 5] for row in whole], [whole[0][9]]):
+        expected = written(plain, ends)
+        assert written(model, ends, cache_implementation="static") == expected
+    assert late
 
 
 def test_decoding_follows_the_adapter():
