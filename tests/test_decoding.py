@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import StaticCache
 
 from qlora import NF4Config, optimize_model, quantize_model
-from qlora.optimize import decoding
+from qlora.optimize import bloom, decoding
 from qlora.optimize.decoding import LENGTHS, Decoding
 from qlora.optimize.state import state_of
 
@@ -72,6 +72,18 @@ def test_one_graph_for_calls_of_all_lengths(captures, family, rows):
     assert len(captures) == 1
     assert captures[0].replays == 10 + 29 + 2 + 11  # but for the first call's first step, all
     assert "forward" not in vars(model.base_model)
+
+
+def test_a_prompt_finds_a_kept_cache_as_empty_as_a_new_one(captures, monkeypatch):
+    """A length that is a tensor would have causality written out, a row for each token."""
+    past, stock = [], bloom.alibi_bias
+    monkeypatch.setattr(bloom, "alibi_bias", lambda *args, **how: (past.append(how["past"]), stock(*args, **how))[1])
+    model = optimize_model(tiny_model("bloom"))
+    for _ in range(3):
+        past.clear()
+        written(model, tokens(1, 9))
+        assert type(past[0]) is int
+    assert len(captures) == 1
 
 
 def test_a_longer_text_or_other_rows_are_captured_anew(captures):

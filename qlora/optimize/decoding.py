@@ -85,8 +85,10 @@ class Decoding:
         kept = self._layers
         is_free = bool(kept) and self._has_layers() is None and all(layer.is_initialized for layer in kept)
         if is_free and list(map(_size, kept)) == list(map(_size, cache.layers)) and kept[0].keys.shape[0] == rows:
-            cache.layers = kept
-            cache.reset()
+            new: list[Any] = cache.layers
+            for layer, old in zip(new, kept, strict=True):
+                old.reset()
+                layer.lazy_initialization = functools.partial(_take, layer, old)
         else:
             self._forget_graph()
         self._layers, self._has_layers = cache.layers, weakref.ref(cache)
@@ -128,6 +130,12 @@ class Decoding:
         with capture(graph):
             out = run(**(kwargs | self._static))
         self._graph, self._out = graph, (type(out), out.last_hidden_state)
+
+
+def _take(layer: Any, old: Any, *states: Tensor) -> None:
+    """What a layer does instead of asking for memory.  Until then it is empty, and prompts go the same way."""
+    del layer.lazy_initialization
+    vars(layer).update(vars(old))
 
 
 def _size(layer: Any) -> tuple[Any, ...]:
