@@ -10,11 +10,13 @@ import torch
 from models import TARGETS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from qlora import NF4Config, optimize_model, quantize_model
 from qlora.optimize import bloom, decoding
 from qlora.optimize.decoding import LENGTHS, Decoding
 from qlora.optimize.state import state_of
+from qlora.optimize.token_layer import TokenLayer
 
 FAMILIES = ["bloom", "llama", "mistral"]
 
@@ -84,6 +86,23 @@ def test_a_prompt_finds_a_kept_cache_as_empty_as_a_new_one(captures, monkeypatch
         written(model, tokens(1, 9))
         assert type(past[0]) is int
     assert len(captures) == 1
+
+
+def test_a_layer_takes_tokens_as_transformers_does():
+    torch.manual_seed(2)
+    ours, theirs = TokenLayer(16), StaticLayer(16)
+    for length in (5, 1, 1, 3, 1, 1):
+        states = torch.randn(2, 2, 3, length, 8)
+        assert all(map(torch.equal, ours.update(*states), theirs.update(*states)))
+        assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
+    ours.reset()
+    assert int(ours.get_seq_length()) == 0
+
+
+def test_the_layers_of_a_cache_are_such(captures):
+    model = optimize_model(tiny_model("bloom"))
+    written(model, tokens(1, 9))
+    assert {type(layer) for layer in model._decoding._layers} == {TokenLayer}
 
 
 def test_a_longer_text_or_other_rows_are_captured_anew(captures):

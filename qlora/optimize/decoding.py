@@ -24,6 +24,7 @@ from .cache import CACHE
 from .capture import capture
 from .state import is_listened_to, state_of
 from .stopping import can_defer, deferred
+from .token_layer import TokenLayer
 
 # A cache's length is a multiple of it, so that prompts and answers of many lengths meet in one graph.
 LENGTHS = 128
@@ -83,15 +84,18 @@ class Decoding:
             rows: sequences.
         """
         kept = self._layers
+        new: list[Any] = cache.layers
+        for layer in new:
+            if type(layer) is StaticLayer:
+                layer.__class__ = TokenLayer
         is_free = bool(kept) and self._has_layers() is None and all(layer.is_initialized for layer in kept)
-        if is_free and list(map(_size, kept)) == list(map(_size, cache.layers)) and kept[0].keys.shape[0] == rows:
-            new: list[Any] = cache.layers
+        if is_free and list(map(_size, kept)) == list(map(_size, new)) and kept[0].keys.shape[0] == rows:
             for layer, old in zip(new, kept, strict=True):
                 old.reset()
                 layer.lazy_initialization = functools.partial(_take, layer, old)
         else:
             self._forget_graph()
-        self._layers, self._has_layers = cache.layers, weakref.ref(cache)
+        self._layers, self._has_layers = new, weakref.ref(cache)
         return cache
 
     def step(self, run: Callable[..., Any], input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +180,7 @@ def _is_static(cache: Any) -> bool:
 
 
 def _is_written_as_ever(layer: Any) -> bool:
-    has_room = type(layer) is StaticLayer or (
+    has_room = type(layer) in (StaticLayer, TokenLayer) or (
         type(layer) is StaticSlidingWindowLayer and layer.cumulative_length_int < layer.max_cache_len
     )
     return has_room and layer.is_initialized
