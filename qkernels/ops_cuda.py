@@ -16,11 +16,10 @@ from torch import Tensor
 
 from .dense import linear
 from .dispatch import SKINNY, WGMMA, Plan, Product, Weight, capability_of, choose
-from .kernels._launch import Launch
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton, quantize_scales_triton
 from .kernels.dequantize import dequantize_4bit_triton
 from .kernels.dropout import dropout_triton
-from .kernels.matmul_skinny import LaunchInParts, skinny_launch
+from .kernels.matmul_skinny import skinny_launch
 from .kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from .kernels.matmul_wgmma import matmul_wgmma_triton
 from .kernels.mean import ORDER_IS_KNOWN, SLOTS, partial_sums_triton, summation_order
@@ -184,7 +183,7 @@ def _gemm_4bit_wgmma(product: Product, A: Tensor, bias: Tensor | None, weight: W
 
 
 def _gemm_4bit_skinny(
-    launch: Launch | LaunchInParts,
+    launch: Callable[..., None],
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     A: Tensor,

@@ -17,13 +17,20 @@ import torch
 
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
+from .kernels._arrange import ARRANGE_CONFIG, arrange_kernel
 from .kernels._pairs import ALPHA, pair_codes
 from .kernels._sum_parts import SUM_CONFIG, sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
-from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants, skinny_sum_constants
+from .kernels.matmul_skinny import (
+    _matmul_skinny_kernel,
+    arrange_constants,
+    ragged_constants,
+    skinny_constants,
+    skinny_sum_constants,
+)
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
@@ -251,6 +258,9 @@ def _matmul_skinny(sm: int) -> Iterator[Variant]:
     for M in (1, 8, 16, 32):
         for N, K, blocksize in _RAGGED_SHAPES:
             yield skinny_variant(M, N, K, sm, "fp16", "nf4", blocksize, True, has_bias=True)
+            config = skinny_config(M, N, K, sm, blocksize)
+            if config is not None and config.arranged:
+                yield arrange_variant(K, blocksize, "fp16", config)
     for N, K in _SKINNY_SHAPES:
         config = skinny_config(32, N, K, sm)
         if config is not None and config.parts > 1:
@@ -299,6 +309,18 @@ def skinny_variant(
         {**pointers, **(scales if nested else {}), **(bias if has_bias else {}), "M": "i32", "N": "i32"},
         constants | ({} if nested else dict.fromkeys(scales)) | ({} if has_bias else dict.fromkeys(bias)),
         config,
+    )
+
+
+def arrange_variant(K: int, blocksize: int, dtype: str, config: SkinnyConfig) -> Variant:
+    """Of the kernel that arranges x for a product with this configuration."""
+    signature = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "M": "i32"}
+    return Variant(
+        f"arrange K={K} blocksize={blocksize} {dtype}",
+        arrange_kernel,
+        signature,
+        arrange_constants(K, blocksize, config),
+        ARRANGE_CONFIG,
     )
 
 

@@ -16,7 +16,7 @@ from qkernels.format import code_table
 from qkernels.kernels.matmul_skinny_dx import dx_sum_constants
 from qkernels.known import scales_of
 from qkernels.reference import decode_absmax_reference
-from qkernels.variants import Variant, sum_variant
+from qkernels.variants import Variant, arrange_variant, sum_variant
 
 
 def weight(
@@ -73,6 +73,26 @@ def _hold(y: Tensor, exact: Tensor, torchs: Tensor) -> None:
     assert not y.isnan().any()
     assert _rms(ours) <= 1.02 * _rms(theirs) + chance * _rms(half_ulp)
     assert ours.max() <= 2 * theirs.max() + chance * half_ulp.max()
+
+
+def arranged(compiled: Callable[[Variant], Callable[..., None]], variant: Variant, x: Tensor) -> Tensor:
+    """x as the launch before the product's leaves it, where the variant of the product has one.
+
+    Args:
+        compiled: of a variant a function of (grid, arguments).
+    """
+    config: Any = variant.config
+    if not config.arranged:
+        return x
+    (M, K), dtype = x.shape, variant.signature["x_ptr"].removeprefix("*")
+    arranging = arrange_variant(K, variant.constants["QUANT_BLOCK"], dtype, config)
+    sizes = arranging.constants
+    blocks = -(-M // config.columns) * (config.columns // 8)
+    out = x.new_full((sizes["COPIES"] * blocks * sizes["GROUPS"] * 64,), torch.nan)
+    grid = -(-sizes["GROUPS"] * 64 // sizes["BLOCK"]), blocks, sizes["COPIES"]
+    compiled(arranging)(grid, {"x_ptr": x, "out_ptr": out, "M": M})
+    assert not out.isnan().any()
+    return out
 
 
 def run_dx(

@@ -57,7 +57,8 @@ def test_the_gpu_is_told_of_those_that_wait_and_of_no_others(module, monkeypatch
         def __getitem__(self, grid):
             return lambda *arguments, **options: told.append(options["launch_pdl"])
 
-    for launchers in (module._LAUNCHERS, getattr(module, "_SUM_LAUNCHERS", {})):
+    for name in ("_LAUNCHERS", "_SUM_LAUNCHERS", "_ARRANGE_LAUNCHERS"):
+        launchers = getattr(module, name, {})
         for early, launcher in launchers.items():
             monkeypatch.setattr(launcher, "_kernel", Kernel())
             launcher._first((1, 1, 1), (), (), (), skinny_config(1, 4096, 4096, 90))

@@ -52,6 +52,7 @@ def forward(arch, x, packed, state, bias):
     (M, K), N = x.shape, state.shape[0]
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16", state.quant_type, state.blocksize, state.nested
     variant = skinny_variant(M, N, K, int(arch.removeprefix("sm_")), *kind, bias is not None)
+    x = skinny.arranged(lambda one: CpuKernel(one, arch), variant, x)
     y = x.new_full((M, N), torch.nan)
     arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": y, "M": M, "N": N}
     grid = -(-M // variant.config.columns), programs(N, K, state.blocksize, variant.config.rows), 1

@@ -50,6 +50,8 @@ def test_every_configuration_for_other_rows_can_be_launched(N, K, blocksize, sm)
         assert config is not None
         assert min(M, 16) <= config.columns <= 2 * max(M, 4)
         assert config.paired == (M in range(1, 3 if blocksize == 32 else 5))
+        assert not (config.arranged and config.paired)
+        assert config.arranged or M <= 8 or K % 64 == 0
         used = shared_bytes(K, config.columns, config.tiles, config.row_warps, config.num_warps, blocksize)
         assert used <= config.shared_bytes <= SHARED_LIMIT_BYTES[generation(sm)]
 

@@ -94,6 +94,19 @@ def load_if(address, inside):
 
 
 @gluon.jit
+def load_vector(address):
+    """16 bytes at an int64 address: four int32."""
+    return gl.inline_asm_elementwise(
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l",
+        [address],
+        dtype=[gl.int32] * 4,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def shared_address(thread):
     """Where shared memory begins; `thread` gives the result its shape."""
     return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r,r", [thread], dtype=gl.int32, is_pure=True, pack=1)

@@ -11,11 +11,13 @@ from triton.experimental import gluon
 
 from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ..tuning.skinny import chunks
+from ._arrange import FRONT as _FRONT
 from ._early import fetch
-from ._lanes import from_lane, load_if, load_once, load_shared, store_shared, store_shared_pair
+from ._lanes import from_lane, load_if, load_once, load_shared, load_vector, store_shared, store_shared_pair
 from ._ragged_rows import fetch_ragged, load_eight, load_ragged, window_of
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
+FRONT = gl.constexpr(_FRONT)
 chunks_of = triton.constexpr_function(chunks)
 SCALE_BATCH = gl.constexpr(4)  # pairs of scales that a lane loads at once
 
@@ -102,6 +104,7 @@ def load_x(
     HALF: gl.constexpr,
     K: gl.constexpr,
     BLOCK: gl.constexpr,
+    ARRANGED: gl.constexpr,
     PHASES: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):
@@ -112,11 +115,42 @@ def load_x(
     k = first_k + chunk * CHUNK + HALF * (CHUNK // 2)
     x = ()
     for j in gl.static_range(COLUMNS // 8):
-        here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * K
-        group = inside & (column + 8 * j < M).to(gl.int32)
-        x = x + _load_eight(here, k, group, K, PHASES)
-        x = x + _load_eight(here + 2 * SECOND, k + SECOND, group, K, PHASES)
+        if ARRANGED:
+            there = address[0] + chunk * (CHUNK * 16) + (HALF * (CHUNK * 8) + j * (_groups_of(K) * 128))
+            x = x + load_vector(there) + load_vector(there + address[1])
+        else:
+            here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * K
+            group = inside & (column + 8 * j < M).to(gl.int32)
+            x = x + _load_eight(here, k, group, K, PHASES)
+            x = x + _load_eight(here + 2 * SECOND, k + SECOND, group, K, PHASES)
     return x
+
+
+@gluon.jit
+def _groups_of(K: gl.constexpr):
+    """Groups of eight k in x as `_arrange.py` leaves it."""
+    return chunks_of(K) * (CHUNK // 8) + FRONT
+
+
+@gluon.jit
+def place_of(group, column, BLOCK: gl.constexpr):
+    """As `_arrange.place_of`, for Gluon."""
+    turn = group // 4 % 2 * 2 + group % 2 if BLOCK == 64 else group % 4
+    return column ^ (2 * turn)
+
+
+@gluon.jit
+def arranged_address(x_ptr, lane_k, g, shift, K: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
+    """Where this lane's first eight k of a chunk lie in x as `_arrange.py` leaves it, [copy][8 columns][group][column];
+    and how many bytes further on its second eight."""
+    SECOND: gl.constexpr = 2 if BLOCK == 64 else 4
+    STEP: gl.constexpr = min(K & -K, 8)
+    blocks = gl.num_programs(0) * (COLUMNS // 8)
+    block = shift % 8 // STEP * blocks + gl.program_id(0) * (COLUMNS // 8)
+    group = lane_k // 8 + FRONT - shift // 8
+    place = place_of(group, g, BLOCK) * 16
+    further = 128 * SECOND + place_of(group + SECOND, g, BLOCK) * 16 - place
+    return x_ptr.to(gl.int64) + block.to(gl.int64) * (_groups_of(K) * 128) + group * 128 + place, further
 
 
 @gluon.jit

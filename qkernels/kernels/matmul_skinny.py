@@ -22,6 +22,7 @@ Codes are held times alpha (`_pairs.py`), and the sum is divided by it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -29,9 +30,11 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
+from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ..tuning.skinny import MAP_BYTES as _MAP_SIZE
 from ..tuning.skinny import TABLE_BYTES as _TABLE_SIZE
-from ..tuning.skinny import SkinnyConfig, phases, programs
+from ..tuning.skinny import SkinnyConfig, chunks, phases, programs
+from ._arrange import ARRANGE_CONFIG, FRONT, arrange_kernel
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, store_shared, wait_for_all, warp_number
 from ._launch import Launch, early_and_late
@@ -41,6 +44,7 @@ from ._skinny_chunk import half_chunk, paired_chunk, shared_out, zeros
 from ._skinny_inputs import (
     CHUNK,
     SCALE_BATCH,
+    arranged_address,
     chunks_of,
     fetch_scales,
     fetch_weights,
@@ -88,6 +92,7 @@ def _matmul_skinny_kernel(
     EARLY: gl.constexpr,
     PARTS: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
+    ARRANGED: gl.constexpr,
     PHASES: gl.constexpr,
     TAIL: gl.constexpr,
 ):
@@ -117,7 +122,8 @@ def _matmul_skinny_kernel(
     map_address = shared + TABLE_BYTES
     scales = map_address + MAP_BYTES
     # Programs beside each other share W's rows, which the second finds in the cache.
-    x_ptr += gl.program_id(0) * (COLUMNS * K)
+    if not ARRANGED:
+        x_ptr += gl.program_id(0) * (COLUMNS * K)
     begin = 0
     end = CHUNKS
     if PARTS > 1:
@@ -151,7 +157,10 @@ def _matmul_skinny_kernel(
         inside = lane * 0 + 1
         x_row = column * K
         lane_k = t % 2 * 32 + t // 2 * 8 if BLOCK == 64 else t * 8
-    x_address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
+    if ARRANGED:
+        x_address = arranged_address(x_ptr, lane_k, g, shift, K, BLOCK, COLUMNS)
+    else:
+        x_address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
     first_k = lane_k - shift
 
     if EARLY:
@@ -187,8 +196,8 @@ def _matmul_skinny_kernel(
     if PAIRED:
         x = load_x_paired(x_address, first_k, chunk, t, inside_now, K, PHASES)
     else:
-        x = load_x(x_address, first_k, chunk, column, inside_now, M, 0, K, BLOCK, PHASES, COLUMNS)
-        x_1 = load_x(x_address, first_k, chunk, column, inside_now, M, 1, K, BLOCK, PHASES, COLUMNS)
+        x = load_x(x_address, first_k, chunk, column, inside_now, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x_1 = load_x(x_address, first_k, chunk, column, inside_now, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
     offset = 0.0
     map_entries = ()
     if NESTED:  # before the scales are there: what is looked up for them should not be waited for after them
@@ -242,17 +251,21 @@ def _matmul_skinny_kernel(
             if begin + step * K_WARPS + this_k_warp < end:
                 w = shared_out(w, lane, BLOCK, TILES)
                 acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
-                x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
+                x = load_x(
+                    x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS
+                )
                 acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
-                x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
+                x_1 = load_x(
+                    x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS
+                )
         else:  # ptxas moves the loads of w_then between the two
             if begin + step * K_WARPS + this_k_warp < end:
                 w = shared_out(w, lane, BLOCK, TILES)
                 acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
-            x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, PHASES, COLUMNS)
+            x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
             if begin + step * K_WARPS + this_k_warp < end:
                 acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
-            x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, PHASES, COLUMNS)
+            x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
         w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
     memory.index(0).store(acc[0])  # and the others by address: each of Gluon's stores would wait for all
@@ -282,6 +295,7 @@ def _matmul_skinny_kernel(
 
 _LAUNCHERS = early_and_late(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
 _SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
+_ARRANGE_LAUNCHERS = early_and_late(arrange_kernel)
 
 
 def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -296,6 +310,7 @@ def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, obje
         "EARLY": config.early,
         "PARTS": config.parts,
         "SHARED_BYTES": config.shared_bytes,
+        "ARRANGED": config.arranged,
     }
 
 
@@ -314,7 +329,7 @@ def skinny_launch(
     nested: bool,
     has_bias: bool,
     config: SkinnyConfig,
-) -> Launch | LaunchInParts:
+) -> Callable[..., None]:
     """The launch for products of this kind, a function of (x, packed, absmax, absmax_8bit, absmax_code, absmax_offset,
     bias, out) as they are described below.
 
@@ -337,6 +352,8 @@ def skinny_launch(
     )
     grid = -(-M // config.columns), programs(N, K, blocksize, config.rows), config.parts
     launch = Launch(_LAUNCHERS[config.early], grid, (M, N), constants, config)
+    if config.arranged:
+        return _arranged(M, K, blocksize, config, launch)
     return launch if config.parts == 1 else LaunchInParts(launch, (M, N), grid, config)
 
 
@@ -375,6 +392,36 @@ class LaunchInParts:
         parts = torch.empty(self._size, dtype=torch.float32, device=out.device)
         self._launch(*pointers[:-1], parts)
         self._sum(parts, out)
+
+
+def _arranged(M: int, K: int, blocksize: int, config: SkinnyConfig, product: Launch) -> Callable[..., None]:
+    """The launch that arranges x, and then the product's."""
+    constants = arrange_constants(K, blocksize, config)
+    blocks = -(-M // config.columns) * (config.columns // 8)  # of eight rows of x
+    groups, copies, size = constants["GROUPS"], constants["COPIES"], constants["BLOCK"]
+    grid = -(-groups * 64 // size), blocks, copies
+    arrange = Launch(_ARRANGE_LAUNCHERS[config.early], grid, (M,), tuple(constants.values()), ARRANGE_CONFIG)
+
+    def launch(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+        arranged = torch.empty(copies * blocks * groups * 64, dtype=x.dtype, device=x.device)
+        arrange(x, arranged)
+        product(arranged, *others)
+
+    return launch
+
+
+def arrange_constants(K: int, blocksize: int, config: SkinnyConfig) -> dict[str, int]:
+    """The compile-time arguments of the kernel that arranges x, in its order."""
+    groups = chunks(K) * (_CHUNK_SIZE // 8) + FRONT
+    copies = 8 // min(K & -K, 8)
+    return {
+        "K": K,
+        "GROUPS": groups,
+        "COPIES": copies,
+        "QUARTERS": blocksize < 64,
+        "BLOCK": ARRANGE_CONFIG.rows,
+        "EARLY": config.early,
+    }
 
 
 def matmul_skinny_triton(

@@ -37,6 +37,7 @@ class SkinnyConfig(NamedTuple):
     parts: into which K is shared out over programs, where there are whole blocks and programs' rows; a launch of its
         own adds them.
     shared_bytes: shared memory of a program.
+    arranged: a launch before it puts x in the order in which it is read (`kernels/_arrange.py`).
     max_registers: registers a thread may use; None leaves it to ptxas.
     """
 
@@ -50,6 +51,7 @@ class SkinnyConfig(NamedTuple):
     early: bool
     parts: int
     shared_bytes: int
+    arranged: bool = False
     max_registers: int | None = None
 
     @property
@@ -100,10 +102,16 @@ _SHAPES = {
     16: ((1, 1, 8, 0), (2, 1, 4, 1.9), (3, 1, 4, 2.5)),
     32: ((1, 1, 8, 0), (2, 1, 8, 0.9), (3, 1, 4, 1.6), (2, 1, 4, 3.8)),
 }
-# The same where rows are not whole blocks of 64, with the columns of a program: what is read of x costs more there, and
-# blocks of 32 want twice the scales.
+# (columns, tiles, row_warps, num_warps, least programs a multiprocessor) likewise where rows are no multiple of 64, and
+# x is arranged first from some number of rows on; and for blocks of 32 in rows that are.
 _RAGGED_SHAPES = {
-    4: ((8, 1, 1, 8, 0),),
+    8: ((8, 1, 1, 8, 0),),
+    16: ((16, 1, 1, 8, 0), (16, 2, 1, 4, 2.5)),
+    32: ((16, 1, 1, 8, 0), (32, 2, 1, 8, 0.9), (32, 3, 1, 4, 1.6)),
+    64: ((32, 2, 1, 8, 0), (32, 2, 1, 4, 0.9), (32, 3, 1, 4, 1.6)),
+    128: ((32, 2, 1, 4, 0),),
+}
+_SMALL_BLOCK_SHAPES = {
     8: ((8, 1, 1, 8, 0),),
     16: ((16, 1, 1, 8, 0), (16, 2, 1, 4, 2.5)),
     32: ((16, 1, 1, 8, 0), (32, 2, 1, 8, 0.9)),
@@ -132,9 +140,9 @@ _MEASURED = {
 # N, K and columns where two were faster.
 _ONE_BRANCH_TILES = 8
 _TWO_BRANCHES = {(4096, 11008, 16)}
-# Where rows are not whole blocks; and where besides some multiprocessors are left without a program, and rows of W are
-# multiples of 16 bytes as cuBLAS likes them.  Beyond, decoding apart is faster.
-_RAGGED_LIMIT, _SMALL_LIMIT = 64, 32
+# Where rows are no multiple of 64; where some multiprocessors besides are left without a program, and rows of W are
+# multiples of 16 bytes as cuBLAS likes them; for blocks of 32 in rows that are.  Beyond, decoding apart is faster.
+_RAGGED_LIMIT, _SMALL_LIMIT, _SMALL_BLOCK_LIMIT = 128, 64, 64
 MEASURED_ON = 90
 
 
@@ -148,8 +156,8 @@ def skinny_limit(sm: int, N: int = 0, K: int = 0, blocksize: int = 64) -> int:
     known = generation(sm)
     limit = _LIMIT.get(known, 0)
     if limit and phases(K, blocksize):
-        if K % min(blocksize, 64) == 0:  # whole blocks of 32: on Hopper more rows of x are the wgmma product's too
-            return min(limit, _RAGGED_LIMIT)
+        if K % 32 == 0 and blocksize == 32:  # whole blocks: on Hopper more rows of x are the wgmma product's too
+            return min(limit, _SMALL_BLOCK_LIMIT)
         small = programs(N, K, blocksize, 16) < PROCESSORS[known] and K % 8 == 0
         return _SMALL_LIMIT if small else _RAGGED_LIMIT
     return limit
@@ -194,10 +202,11 @@ def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> l
     if known == 0 or max(_LIMIT.values()) < M:
         return []
     ragged = phases(K, blocksize) > 0
-    columns = {max(8, _most_rows(M)), *(shape[0] for shape in _ragged_shapes(M) if ragged)}
+    columns = {max(8, _most_rows(M)), *(shape[0] for shape in _ragged_shapes(M, K) if ragged)}
     found = []
     for own, tiles, row_warps, num_warps in product(sorted(columns), (1, 2, 3), (1, 2), (4, 8, 16)):
-        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)._replace(columns=own)
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
+        config = config._replace(columns=own, arranged=ragged and _arranged(M, K))
         across = -(-M // own) if ragged else 1
         enough = config.rows == 16 or PROCESSORS[known] <= 2 * across * programs(N, K, blocksize, config.rows)
         if _fits(config, N, known) and enough:
@@ -210,20 +219,30 @@ def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> l
     return found
 
 
-def _ragged_shapes(M: int) -> tuple[tuple[int, int, int, int, float], ...]:
-    return _RAGGED_SHAPES[next((rows for rows in _RAGGED_SHAPES if rows >= M), max(_RAGGED_SHAPES))]
+def _ragged_shapes(M: int, K: int) -> tuple[tuple[int, int, int, int, float], ...]:
+    shapes = _RAGGED_SHAPES if K % 64 else _SMALL_BLOCK_SHAPES
+    return shapes[next((rows for rows in shapes if rows >= M), max(shapes))]
+
+
+def _arranged(M: int, K: int) -> bool:
+    """Whether a launch that arranges x is worth it: vectors of x that are shifted lie in more lines of the cache, and
+    where K is no multiple of 4 they are read in pieces of 4 bytes and less."""
+    return K % 64 != 0 and (M > 8 or (M > 4 and K % 4 != 0))
 
 
 def _ragged_config(M: int, N: int, K: int, blocksize: int, known: int) -> SkinnyConfig | None:
     if N < 16 or K < 64:
         return None
     best = None
-    for columns, tiles, row_warps, num_warps, least in _ragged_shapes(M):
-        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)._replace(columns=columns)
+    for columns, tiles, row_warps, num_warps, least in _ragged_shapes(M, K):
+        config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
+        config = config._replace(columns=columns, arranged=_arranged(M, K))
         count = programs(N, K, blocksize, config.rows)
         # Tiles that would only be emptier are no reason for fewer warps or more registers.
-        fewer = best is None or count < programs(N, K, blocksize, best.rows)
-        if config.shared_bytes <= SHARED_LIMIT_BYTES[known] and count >= least * PROCESSORS[known] and fewer:
+        fewer = best is None or config.rows == best.rows or count < programs(N, K, blocksize, best.rows)
+        spills = tiles == 3 and blocksize < 64  # twice the scales
+        enough = count >= least * PROCESSORS[known]
+        if config.shared_bytes <= SHARED_LIMIT_BYTES[known] and enough and fewer and not spills:
             best = config
     return best
 

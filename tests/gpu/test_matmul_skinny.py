@@ -147,14 +147,32 @@ def test_a_scale_that_is_nan_spoils_the_rows_of_its_block_and_no_others(M, block
 
 
 def test_rows_that_are_not_whole_blocks_as_torch_runs_them():
-    for N, K, blocksize in ((96, 4304, 64), (100, 1001, 64), (96, 1024, 32)):
+    for M, N, K, blocksize in ((4, 96, 4304, 64), (16, 100, 1001, 64), (30, 96, 4300, 64), (4, 96, 1024, 32)):
         packed, state = weight(N, K, torch.float16, blocksize=blocksize)
-        assert qkernels.explain(4, N, K, blocksize=blocksize).implementation == SKINNY
-        x = torch.randn(4, K, device="cuda", dtype=torch.float16)
+        assert qkernels.explain(M, N, K, blocksize=blocksize).implementation == SKINNY
+        x = torch.randn(M, K, device="cuda", dtype=torch.float16)
         expected = fused(x, packed, state)
         assert_torch_runs_it(lambda x: qkernels.matmul_4bit(x, packed, state), x, expected)  # noqa: B023
-        shifted = x.new_empty(4 * K + 1)[1:].view(4, K).copy_(x)
+        shifted = x.new_empty(M * K + 1)[1:].view(M, K).copy_(x)
         assert_bits_equal(qkernels.matmul_4bit(shifted, packed, state), expected)
+
+
+def test_products_one_after_the_other_that_each_arrange_x(new_inputs):
+    """What one arranges lies in memory that the next writes to, and begins while the one before it ends."""
+    packed, state = weight(4100, 4100, torch.float16)
+    x = torch.randn(24, 4100, device="cuda", dtype=torch.float16)
+
+    def chain(between):
+        y = x
+        for _ in range(8):
+            y = qkernels.matmul_4bit(y, packed, state)
+            between()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert_bits_equal(chain(lambda: None), expected)
 
 
 @pytest.mark.parametrize("M", [1, 7, 16, 32])

@@ -213,7 +213,8 @@ def test_matmul_skinny(variant):
     for M in (1, most) if constants["PAIRED"] else (columns - 3, columns, 3 * columns - 1):
         x = torch.randn(M, K, device="cuda", dtype=torch.float16)
         out = torch.full((M, N), torch.nan, device="cuda", dtype=torch.float16)
-        arguments = {"x_ptr": x, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N}
+        read = skinny.arranged(lambda one: PtxKernel(one, "sm_75"), variant, x)
+        arguments = {"x_ptr": read, "packed_ptr": packed, "bias_ptr": bias, "out_ptr": out, "M": M, "N": N}
         grid_of_tiles = (triton.cdiv(M, columns), programs(N, K, state.blocksize, variant.config.rows), 1)
         kernel(grid_of_tiles, arguments | skinny.scale_arguments(state))
         skinny.assert_accurate(out, x, packed, state, bias)
