@@ -25,8 +25,8 @@ def weight(
     """A quantized weight [N, K]; its blocks' magnitudes are powers of two apart, up to 2^spread."""
     values = 0.02 * torch.randn(N, K, device=device)
     if spread:
-        exponents = torch.randint(-spread // 2, spread // 2 + 1, (N * K // 64, 1), device=device)
-        values = (values.view(-1, 64) * torch.exp2(exponents.float())).view(N, K)
+        exponents = torch.randint(-spread // 2, spread // 2 + 1, (-(-N * K // 64),), device=device)
+        values *= torch.exp2(exponents.float()).repeat_interleave(64)[: N * K].view(N, K)
     return qkernels.quantize_4bit(values.to(dtype), **({"quant_type": "nf4", "compress_statistics": True} | options))
 
 
