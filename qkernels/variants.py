@@ -258,9 +258,10 @@ def _matmul_skinny(sm: int) -> Iterator[Variant]:
     for M in (1, 8, 16, 32):
         for N, K, blocksize in _RAGGED_SHAPES:
             yield skinny_variant(M, N, K, sm, "fp16", "nf4", blocksize, True, has_bias=True)
-            config = skinny_config(M, N, K, sm, blocksize)
-            if config is not None and config.arranged:
-                yield arrange_variant(K, blocksize, "fp16", config)
+    for N, K, blocksize in _RAGGED_SHAPES:
+        config = skinny_config(16, N, K, sm, blocksize)
+        if config is not None and config.arranged:
+            yield arrange_variant(K, blocksize, "fp16", config)
     for N, K in _SKINNY_SHAPES:
         config = skinny_config(32, N, K, sm)
         if config is not None and config.parts > 1:

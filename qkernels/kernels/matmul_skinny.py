@@ -14,7 +14,8 @@ its own bytes into its own fragment:
   first.  For M <= 4 the swap is spared (PAIRED): the instruction's first four columns are x where the block is the
   first and zero where it is the second, the other four the other way round.
 * **Blocks of 32**, four of them to a chunk, are shared out likewise; PAIRED is for M <= 2 then, two columns a block.
-* **Rows that are not whole blocks** are read in W's windows of 64, and only x from another place (`_ragged_rows.py`).
+* **Rows that are not whole blocks** are read in W's windows of 64, and only x from another place (`_ragged_rows.py`);
+  with more than a few rows of x a launch before arranges these (`_arrange.py`).
 * **The sum over warps** goes through shared memory in a fixed order: equal inputs give equal bits.
 
 Codes are held times alpha (`_pairs.py`), and the sum is divided by it.
