@@ -136,9 +136,9 @@ _MEASURED = {
     (1152, 4304, 8): (1, 1, 16),
     (1280, 3420, 8): (1, 1, 16),
 }
-# Tiles of eight columns a warp for which a step can be one branch without a spill, where rows are whole blocks; and by
-# N, K and columns where two were faster.
-_ONE_BRANCH_TILES = 8
+# Tiles and warps with which a step in one branch was faster, by columns, where rows are whole blocks; and by N, K and
+# columns where it was not.  Three tiles of 32 columns would spill.
+_ONE_BRANCH = {8: {(1, 8), (2, 8)}, 16: {(1, 8), (1, 16), (2, 4), (2, 8), (3, 4)}, 32: {(2, 4)}}
 _TWO_BRANCHES = {(4096, 11008, 16)}
 # Where rows are no multiple of 64; where some multiprocessors besides are left without a program, and rows of W are
 # multiples of 16 bytes as cuBLAS likes them; for blocks of 32 in rows that are.  Beyond, decoding apart is faster.
@@ -183,8 +183,8 @@ def _config(
         row = 4 * 32 * num_warps
         too_many = (SHARED_LIMIT_BYTES[known] + _RESERVED_BYTES) // (share + 1) - _RESERVED_BYTES
         shared = max(shared, (too_many // row + 1) * row)
-    whole = phases(K, blocksize) == 0 and tiles * columns <= _ONE_BRANCH_TILES * 8
-    one_branch = whole and (N, K, columns) not in _TWO_BRANCHES
+    one_branch = phases(K, blocksize) == 0 and ((tiles, num_warps) in _ONE_BRANCH[columns] or parts > 1)
+    one_branch &= (N, K, columns) not in _TWO_BRANCHES and not paired
     return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, one_branch, early, parts, shared)
 
 
