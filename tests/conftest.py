@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # xdist hands the options to its workers after this, so that all of them have the same seed.
     if config.option.seed is None:
         config.option.seed = secrets.randbits(31)
+    path: Path | None = config.getoption("--record")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Record(config, path))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -47,25 +51,55 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path: Path | None = session.config.getoption("--record")
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if path is None or reporter is None or hasattr(session.config, "workerinput"):
-        return
-    from benchmarks.environment import environment
+class _Record:
+    """The record of a run, written again every ten seconds and after each failure: a run that is killed leaves one.
 
-    outcomes = {
-        outcome: Counter(report.nodeid.split("[")[0] for report in reporter.stats.get(outcome, []))
-        for outcome in ("passed", "failed", "error", "skipped")
-    }
-    record = {
-        **environment("cuda" if torch.cuda.is_available() else "cpu", commit=session.config.getoption("--commit")),
-        "seed": session.config.option.seed,
-        "totals": {outcome: sum(counts.values()) for outcome, counts in outcomes.items()},
-        "tests": outcomes,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    Its hooks come last, when pytest's reporter has counted the test.
+    """
+
+    def __init__(self, config: pytest.Config, path: Path) -> None:
+        self._config, self._path, self._written = config, path, 0.0
+        self._environment: dict[str, object] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed or time.monotonic() > self._written + 10:
+            self._write(ended=False)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        self._write(ended=True)
+
+    def _write(self, ended: bool) -> None:
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None:
+            return
+        if not self._environment:
+            from benchmarks.environment import environment
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._environment = environment(device, commit=self._config.getoption("--commit"))
+        outcomes = {
+            outcome: Counter(report.nodeid.split("[")[0] for report in reporter.stats.get(outcome, []))
+            for outcome in ("passed", "failed", "error", "skipped")
+        }
+        broken = [*reporter.stats.get("failed", []), *reporter.stats.get("error", [])]
+        record = {
+            **self._environment,
+            "seed": self._config.option.seed,
+            "ended": ended,
+            "totals": {outcome: sum(counts.values()) for outcome, counts in outcomes.items()},
+            "tests": outcomes,
+            "reasons": {report.nodeid: _last_line(report) for report in broken},
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        self._written = time.monotonic()
+
+
+def _last_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash else report.longrepr).strip().splitlines()[0][:200]
 
 
 @pytest.fixture(autouse=True)

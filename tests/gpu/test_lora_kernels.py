@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exact import assert_bits_equal
-from skinny import weight
+from skinny import exact_weight, weight
 from torch.utils.checkpoint import checkpoint
 
 import qkernels
@@ -168,7 +168,7 @@ def in_parts(x, bias, A, B, packed, state, p, seed, dy):
 
 
 def in_float64(x, bias, A, B, packed, state, p, seed, dy):
-    decoded = qkernels.dequantize_4bit(packed, state).to(x.dtype).double()
+    decoded = exact_weight(packed, state)
     mask = 1.0 if seed is None else qkernels.seeded_dropout(torch.ones_like(x, dtype=torch.float32), p, seed).double()
     A, B = A.to(x.dtype).double(), B.to(x.dtype).double()
     x, dy = x.double(), dy.double()

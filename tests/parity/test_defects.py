@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import assert_bits_equal
-from skinny import exact_product
+from skinny import assert_accurate, exact_product
 
 import qkernels
 from qkernels.format import QUANT_STORAGES, dynamic_map, packed_length
@@ -117,7 +117,7 @@ def test_rows_that_are_not_whole_blocks_are_no_special_case():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = qkernels.matmul_4bit(x, packed, state)
-    torch.testing.assert_close(y, F.linear(x, qkernels.dequantize_4bit(packed, state)))
+    assert_accurate(y, x, packed, state)
     with pytest.warns(UserWarning, match="not aligned for fast kernel"):
         bitsandbytes.matmul_4bit(x, *bnb.quantize_4bit(weight, **NESTED_NF4))
 
