@@ -22,6 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    py_modules=["qlora_command"],
     packages=find_packages(include=["qkernels", "qkernels.*", "qlora", "qlora.*"]),
     package_data={"qkernels": ["py.typed"], "qlora": ["py.typed", "assets/*"]},
     install_requires=[
@@ -42,7 +43,7 @@ setup(
     ],
     extras_require={"demo": DEMO, "bench": BENCH, "peers": PEERS, "dev": DEV, "docs": DOCS},
     entry_points={
-        "console_scripts": ["qlora=qlora.cli:main"],
+        "console_scripts": ["qlora=qlora_command:main"],
         # An installed bitsandbytes calls it when it is imported; QKERNELS_BITSANDBYTES=0 leaves that library alone.
         "bitsandbytes.backends": ["qkernels=qkernels.bitsandbytes_backend:register"],
     },

@@ -22,8 +22,9 @@ from .optimize import optimize_model
 from .params4bit import Params4bit
 from .precision import PrecisionPolicy, choose_precision
 from .sharding import prepare_for_fsdp
+from .usage import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CalibrationReport",

@@ -1,33 +1,20 @@
 """The `qlora` command: which command runs, and what its errors become.
 
-Room: usage, messages and exit codes: 0, 2 for wrong input (one line on stderr), 130 after Ctrl-C.  The commands raise.
+Room: messages and exit codes: 0, 2 for wrong input (one line on stderr), 130 after Ctrl-C.  The commands raise.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
 from qkernels.errors import UserError
 
-from . import __version__
-
-COMMANDS = {
-    "train": "fine-tune a model in 4 bits with LoRA",
-    "generate": "continue prompts, with or without an adapter",
-    "compare": "show the base model beside the tuned one, on the same prompts",
-    "merge": "write base and adapter as one ordinary model",
-    "quantize": "write a 4-bit model whose weights are rounded for your texts",
-    "plan": "estimate memory and time of a run, without loading the model",
-    "demo": "all of it on a small model, without a GPU or a network, in a few minutes",
-}
-
+from .usage import parser
 
 # What the library calls otherwise than the command line, which has TRL's names.
 _FLAGS = {
@@ -37,11 +24,6 @@ _FLAGS = {
     "quant_type": "--bnb_4bit_quant_type",
     "compress_statistics": "--use_bnb_nested_quant",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command", expected=" | ".join(COMMANDS), got=message, remedy="See `qlora --help`.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = "qlora"
     try:
-        command = _parser().parse_args(words[:1] or ["--help"]).command
+        command = parser().parse_args(words[:1] or ["--help"]).command
         name = f"qlora {command}"
         # The libraries' notes to their own callers; the user of a command can do nothing about them.
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -91,17 +73,3 @@ def _in_flags(error: UserError) -> str:
     if error.argument in _FLAGS:
         text = _FLAGS[error.argument] + text.removeprefix(error.argument)
     return " ".join(text.split())
-
-
-def _parser() -> _Parser:
-    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-    parser = _Parser(
-        prog="qlora",
-        usage="qlora COMMAND [flags]",
-        description="Fine-tune language models in 4 bits (NF4) with LoRA.",
-        epilog=f"commands:\n{commands}\n\n`qlora COMMAND --help` lists a command's flags.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"qlora {__version__}")
-    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
-    return parser

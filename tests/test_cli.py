@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from train_runs import refused
 
+import qkernels
+import qlora
+import qlora_command
 from qkernels import UserError
 from qlora import cli
 from qlora.arguments import DEFAULT_MODEL, LoraArguments
 from qlora.memory import Run, plan
 from qlora.shapes import meta_model, shapes_of
 from qlora.units import GIB
+from qlora.usage import COMMANDS, VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -25,10 +32,10 @@ def test_usage_lists_the_commands(words, capsys):
         cli.main(words)
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert all(f"  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -36,16 +43,44 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: qlora {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_refuses_an_unknown_flag(command, capsys):
     assert "unknown setting 'nonsense'" in refused(capsys, command, "--nonsense", "1")
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"demo"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"demo"}))
 def test_every_command_takes_the_short_name_of_the_model(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     assert "--model " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--version"]])
+def test_the_door_answers_without_importing_what_takes_seconds(words):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(sorted({'torch', 'qlora', 'qkernels'} & set(sys.modules)), file=sys.stderr))\n"
+        f"sys.argv[1:] = {words}\n"
+        "import qlora_command; qlora_command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.stdout.startswith(f"qlora {VERSION}" if words == ["--version"] else "usage: qlora COMMAND")
+
+
+def test_the_door_hands_everything_else_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qlora", "trian"])
+    assert qlora_command.main() == 2
+    assert "'trian'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["qlora", "plan", "--help"])
+    with pytest.raises(SystemExit):
+        qlora_command.main()
+    assert "usage: qlora plan" in capsys.readouterr().out
+
+
+def test_one_version():
+    assert f'VERSION = "{VERSION}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert qlora.__version__ == qkernels.__version__ == VERSION
 
 
 def test_an_unknown_command(capsys):

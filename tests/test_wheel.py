@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that nothing is left in the work tree."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "qkernels", "qlora"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "qlora_command.py", "qkernels", "qlora"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
@@ -75,6 +75,11 @@ model = qlora.quantize_model(model, qlora.NF4Config())
 assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 """
     run(python, "-c", script)
+
+
+def test_the_installed_command(python):
+    assert run(python.parent / "qlora", "--version") == "qlora 0.1.0\n"
+    assert "compare" in run(python.parent / "qlora", "--help")
 
 
 def test_an_installed_bitsandbytes_finds_the_entry_point(python):
