@@ -14,11 +14,12 @@ from torch import Tensor
 
 import qkernels
 from qkernels.dense import linear
-from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Product, choose
+from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Product, choose, fused_share
 from qkernels.kernels.matmul_skinny import matmul_skinny_triton
 from qkernels.kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from qkernels.kernels.matmul_wgmma import matmul_wgmma_triton
 from qkernels.known import scales_of
+from qkernels.ops_cuda import product_shared
 from qkernels.tuning.skinny import SkinnyConfig, skinny_candidates, skinny_config
 from qkernels.tuning.skinny_dx import SkinnyDxConfig, skinny_dx_candidates, skinny_dx_config
 from qkernels.tuning.wgmma import WgmmaConfig, expected_us, wgmma_candidates, wgmma_config
@@ -91,6 +92,9 @@ def call_of(
     elif candidate.implementation == WGMMA:
         launch, options = matmul_wgmma_triton, {"backward": product.backward}
         weight = (packed, (product.N, product.K))
+    elif fused_share(product):
+        absmax, nested = scales_of(state)
+        return lambda: product_shared(x, packed, product, absmax, state.quant_type, *nested)
     elif product.backward:
         return lambda: x @ qkernels.dequantize_4bit(packed, state)
     else:

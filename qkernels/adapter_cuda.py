@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Drop, add_adapter_, gradients_of_both
-from .dispatch import ADAPTER_APART, ADAPTER_JOINED, DEQUANTIZE, choose, choose_adapter
+from .dispatch import ADAPTER_APART, ADAPTER_JOINED, DEQUANTIZE, choose, choose_adapter, share_takes_adapter
 from .kernels.lora import Dropout, lora_down_triton, lora_grads_triton, lora_up_triton
 from .ops_cuda import (
     IMPLEMENTATIONS,
@@ -25,6 +25,7 @@ from .ops_cuda import (
     gemm_4bit_dx,
     on_device_of,
     product_of,
+    product_shared,
     product_wgmma,
 )
 from .tuning.lora import down_config, grads_config, up_config
@@ -65,6 +66,10 @@ def lora_4bit(
             y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
             bias = bias if bias is None else bias.contiguous()
             lora_up_triton(inner, lora_B, True, bias, y.view(M, N), False, None, up_config(M))
+            if share_takes_adapter(product, drop is not None):
+                adapter = lora_B, inner
+                product_shared(rows, B, product, absmax, quant_type, *nested, bias=bias, adapter=adapter, out=y)
+                return y, inner
             y.view(M, N).addmm_(rows, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, x.dtype, *nested).t())
             return y, inner
         y = gemm_4bit(x, *weight, bias, *nested)
@@ -111,8 +116,11 @@ def lora_4bit_backward(
         elif choose(product).implementation == DEQUANTIZE:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
             lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), False, drop, up_config(M))
-            W = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
-            dx.view(M, K).addmm_(rows, W)
+            if share_takes_adapter(product, drop is not None):
+                product_shared(rows, B, product, absmax, quant_type, *nested, adapter=(lora_A, grad_inner), out=dx)
+            else:
+                W = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
+                dx.view(M, K).addmm_(rows, W)
         else:
             dx = gemm_4bit_dx(grad, *weight, *nested)
             lora_up_triton(grad_inner, lora_A, False, None, dx.view(M, K), True, drop, up_config(M))

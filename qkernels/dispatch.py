@@ -18,7 +18,7 @@ from .format import FLOAT_DTYPES
 from .tuning.lora import inner_parts, padded_rank
 from .tuning.skinny import skinny_config, skinny_limit
 from .tuning.skinny_dx import FEWEST_ROWS, skinny_dx_limit
-from .tuning.wgmma import wgmma_limit
+from .tuning.wgmma import wgmma_limit, wgmma_share
 
 SKINNY = "fused skinny"
 WGMMA = "fused wgmma"
@@ -102,8 +102,8 @@ def _refuse_skinny(product: Product) -> str | None:
     return None
 
 
-def _refuse_wgmma(product: Product) -> str | None:
-    M, N, K = product.M, product.N, product.K
+def _unfit_for_wgmma(product: Product) -> str | None:
+    N, K = product.N, product.K
     if product.sm != 90:
         return f"sm_{product.sm} has no wgmma instruction"
     if product.dtype == torch.float32:
@@ -116,14 +116,30 @@ def _refuse_wgmma(product: Product) -> str | None:
         return f"rows of dy, N={N}, are not multiples of 16 bytes"
     if not product.aligned:
         return "the packed weight is not aligned to 16 bytes"
-    limit = wgmma_limit(N, K)
-    if not 1 <= M <= limit:
-        return f"M={M} is not in 1 to {limit}, where it is faster than decoding apart"
     return None
+
+
+def _refuse_wgmma(product: Product) -> str | None:
+    reason = _unfit_for_wgmma(product)
+    if reason is not None:
+        return reason
+    M, limit = product.M, wgmma_limit(product.N, product.K)
+    return None if 1 <= M <= limit else f"M={M} is not in 1 to {limit}, where it is faster than decoding apart"
 
 
 # In this order; the first that does not refuse is chosen, and dequantize + cuBLAS computes everything.
 RULES: tuple[Rule, ...] = (Rule(SKINNY, _refuse_skinny), Rule(WGMMA, _refuse_wgmma))
+
+
+@lru_cache(maxsize=4096)
+def fused_share(product: Product) -> int:
+    """Columns of the result that Hopper's fused product computes while W is decoded, before cuBLAS computes the others.
+
+    0 where that gains nothing.  A bias is added by cuBLAS to a whole result only, and there is no share then.
+    """
+    if _unfit_for_wgmma(product) is not None:
+        return 0
+    return wgmma_share(product.M, product.K if product.backward else product.N)
 
 
 @lru_cache(maxsize=4096)
@@ -136,6 +152,9 @@ def choose(product: Product) -> Choice:
             why = f"M={product.M} on sm_{product.sm} is within its range"
             return Choice(implementation, "; ".join([*refusals, why]))
         refusals.append(f"not {implementation}: {reason}")
+    share = fused_share(product)
+    if share:
+        refusals.append(f"without a bias {share} columns by {WGMMA} while W is decoded")
     return Choice(DEQUANTIZE, "; ".join(refusals) or "nothing else is there")
 
 
@@ -160,11 +179,23 @@ def choose_adapter(product: Product, r: int, dropout: bool) -> Choice:
     implementation = choose(product).implementation
     if implementation != WGMMA:
         return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: {implementation} takes none")
-    if product.blocksize < 64:
-        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: two scales a step leave no registers for it")
-    if product.backward and dropout:
-        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: the mask multiplies the adapter's part of dx alone")
+    reason = _refuse_joined(product, dropout)
+    if reason is not None:
+        return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: {reason}")
     return Choice(ADAPTER_JOINED, f"{implementation} takes it")
+
+
+def _refuse_joined(product: Product, dropout: bool) -> str | None:
+    if product.blocksize < 64:
+        return "two scales a step leave no registers for it"
+    if product.backward and dropout:
+        return "the mask multiplies the adapter's part of dx alone"
+    return None
+
+
+def share_takes_adapter(product: Product, dropout: bool) -> bool:
+    """Whether there is a fused share of this product, and it has an adapter's part too."""
+    return fused_share(product) > 0 and _refuse_joined(product, dropout) is None
 
 
 def inner_form(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dense import linear
-from .dispatch import SKINNY, WGMMA, Plan, Product, Weight, capability_of, choose
+from .dispatch import SKINNY, WGMMA, Plan, Product, Weight, capability_of, choose, fused_share
 from .kernels._launch import Launch
 from .kernels.blockwise import dequantize_blockwise_triton, quantize_blockwise_triton, quantize_scales_triton
 from .kernels.dequantize import dequantize_4bit_triton
@@ -28,7 +28,7 @@ from .kernels.quantize import quantize_4bit_triton
 from .tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
 from .tuning.skinny import skinny_config
 from .tuning.skinny_dx import skinny_dx_config
-from .tuning.wgmma import wgmma_config
+from .tuning.wgmma import share_tiling, wgmma_config
 
 _NOTHING = nullcontext()
 # torch.empty on the current device past torch's dispatcher, which takes longer than the rest of it; as in the code that
@@ -156,7 +156,10 @@ def plan_gemm_4bit(A: Tensor, bias: Tensor | None, weight: Weight) -> Plan:
         kind = A.dtype, blocksize, quant_type, nested[0] is not None, bias is not None
         shape = (*A.shape[:-1], product.N)
         return partial(_gemm_4bit_skinny, skinny_launch(sizes, *kind, config), shape, _contiguous_strides(shape))
-    return partial(_gemm_4bit_wgmma, product) if implementation == WGMMA else _gemm_4bit_dense
+    if implementation == WGMMA:
+        return partial(_gemm_4bit_wgmma, product)
+    shared = bias is None and fused_share(product) > 0
+    return partial(_gemm_4bit_shared, product) if shared else _gemm_4bit_dense
 
 
 def gemm_4bit(
@@ -176,6 +179,11 @@ def gemm_4bit(
 def _gemm_4bit_dense(A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
     B, shapeB, absmax, blocksize, quant_type, *nested = weight
     return linear(A, dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype, *nested), bias)
+
+
+def _gemm_4bit_shared(product: Product, A: Tensor, bias: None, weight: Weight) -> Tensor:
+    B, _, absmax, _, quant_type, *nested = weight
+    return product_shared(A, B, product, absmax, quant_type, *nested)
 
 
 def _gemm_4bit_wgmma(product: Product, A: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
@@ -232,6 +240,45 @@ def product_wgmma(
     return out
 
 
+def product_shared(
+    A: Tensor,
+    B: Tensor,
+    product: Product,
+    absmax: Tensor,
+    quant_type: str,
+    *nested: Tensor | None,
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The fused product of a share of the columns beside the decoding of W, then cuBLAS' of the others.
+
+    Args:
+        bias, adapter: of the fused share.
+        out: what has a bias and an adapter's part already, to which cuBLAS adds; the fused share is written anew.
+    """
+    M, N, K, backward = product.M, product.N, product.K, product.backward
+    R, C = (K, N) if backward else (N, K)
+    share = fused_share(product)
+    x = contiguous_and_aligned(A).view(M, C)
+    result = torch.empty((*A.shape[:-1], R), dtype=A.dtype, device=A.device) if out is None else out
+    W = torch.empty((N, K), dtype=A.dtype, device=A.device)
+    rows, config = result.view(M, R), share_tiling(M, share, C)
+    weight = (B, (N, K), absmax, product.blocksize, quant_type)
+    decoding = elementwise_config("dequantize_4bit", product.blocksize)
+    with on_device_of(A):
+        matmul_wgmma_triton(
+            x, *weight, bias, rows, config, *nested, backward=backward, adapter=adapter, share=share
+        )  # nothing may be launched between these two
+        dequantize_4bit_triton(B, absmax, product.blocksize, quant_type, W, decoding, *nested, beside=True)
+    others, rest = rows[:, share:], W[:, share:] if backward else W[share:].t()
+    if out is None:
+        torch.mm(x, rest, out=others)
+    else:
+        others.addmm_(x, rest)
+    return result
+
+
 def gemm_4bit_dx(
     grad: Tensor,
     B: Tensor,
@@ -247,6 +294,8 @@ def gemm_4bit_dx(
         return _gemm_4bit_dx_skinny(grad, B, product, absmax, quant_type, *nested)
     if implementation == WGMMA:
         return product_wgmma(grad, B, product, absmax, quant_type, None, *nested)
+    if fused_share(product):
+        return product_shared(grad, B, product, absmax, quant_type, *nested)
     return grad @ dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, grad.dtype, *nested)
 
 

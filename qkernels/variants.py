@@ -10,7 +10,7 @@ the code.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
     yield from _matmul_skinny_dx(int(arch.removeprefix("sm_")))
     if arch == "sm_90":
         yield from _matmul_wgmma()
+        yield from _shares()
     if arch != "sm_75":  # `tl.dot` has no tensor cores there
         yield from _lora()
     yield from _dropout()
@@ -131,7 +132,7 @@ def _dequantize_4bit(blocksize: int, dtype: str, length: str, tag: str) -> Itera
             f"dequantize_4bit {'nested ' if nested else ''}{tag}",
             _dequantize_4bit_kernel,
             {**pointers, "n": length, "n_bytes": length} | (scales if nested else {}),
-            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile, "USE_ASM": True}
+            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile, "USE_ASM": True, "BESIDE": False}
             | ({} if nested else dict.fromkeys(scales)),
             config,
         )
@@ -357,6 +358,17 @@ def _matmul_wgmma() -> Iterator[Variant]:
     yield wgmma_variant(256, "fp16", True, False, quant_type="fp4")
 
 
+def _shares() -> Iterator[Variant]:
+    """Of products a share of which is computed while W is decoded."""
+    for backward in (False, True):
+        for dtype, rank in (("fp16", 0), ("fp16", 16), ("bf16", 64)):
+            yield wgmma_variant(256, dtype, False, backward, rank=rank, share=True)
+        yield wgmma_variant(256, "bf16", False, backward, blocksize=32, share=True)
+    for dtype in ("fp16", "bf16"):
+        for one in _dequantize_4bit(64, dtype, "i64:16", dtype):
+            yield replace(one, name=f"{one.name} beside", constants=one.constants | {"BESIDE": True})
+
+
 def wgmma_variant(
     columns: int,
     dtype: str,
@@ -369,6 +381,7 @@ def wgmma_variant(
     rank: int = 0,
     quant_type: str = "nf4",
     blocksize: int = 64,
+    share: bool = False,
 ) -> Variant:
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 33 if split else 32)
@@ -383,9 +396,11 @@ def wgmma_variant(
     return Variant(
         f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
         f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}"
-        f"{'' if quant_type == 'nf4' else ' fp4'}{'' if blocksize == 64 else f' blocks of {blocksize}'}",
+        f"{'' if quant_type == 'nf4' else ' fp4'}{'' if blocksize == 64 else f' blocks of {blocksize}'}"
+        f"{' share' if share else ''}",
         _matmul_wgmma_kernel,
         {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
-        wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, (8 if rank else 0, rank)) | absent,
+        wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, (8 if rank else 0, rank), share)
+        | absent,
         config,
     )

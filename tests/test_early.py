@@ -8,7 +8,7 @@ import pytest
 from triton import JITFunction
 
 from qkernels import aot
-from qkernels.kernels import matmul_skinny, matmul_skinny_dx, matmul_wgmma
+from qkernels.kernels import dequantize, matmul_skinny, matmul_skinny_dx, matmul_wgmma
 from qkernels.tuning.skinny import skinny_config
 from qkernels.variants import Variant, skinny_dx_variant, skinny_variant, variants, wgmma_variant
 
@@ -44,7 +44,18 @@ def test_it_waits_before_it_looks(variant):
     assert "griddepcontrol.launch_dependents" in ptx
 
 
-@pytest.mark.parametrize("module", [matmul_skinny, matmul_skinny_dx, matmul_wgmma])
+def test_what_runs_beside_a_kernel_ends_after_it():
+    ptx = aot.compile_variant(_named("dequantize_4bit nested fp16 beside"), "sm_90").asm["ptx"]
+    assert ptx.count("griddepcontrol") == 1
+    assert ptx.index("griddepcontrol.wait") > ptx.rindex("st.global")
+    # The kernel beside which it runs lets it begin, and waits itself for what was before both.
+    ptx = aot.compile_variant(wgmma_variant(256, "fp16", False, True, share=True), "sm_90").asm["ptx"]
+    wait = ptx.index("griddepcontrol.wait")
+    assert ptx.index("griddepcontrol.launch_dependents") > wait
+    assert min(found.start() for found in _GLOBAL.finditer(ptx)) > wait
+
+
+@pytest.mark.parametrize("module", [dequantize, matmul_skinny, matmul_skinny_dx, matmul_wgmma])
 def test_the_gpu_is_told_of_those_that_wait_and_of_no_others(module, monkeypatch):
     told = []
 
@@ -72,3 +83,5 @@ def test_who_does_not_begin_early():
         wgmma_variant(64, "fp16", True, True),
     ):
         assert variant.constants["EARLY"] is False
+    ptx = aot.compile_variant(_named("dequantize_4bit nested fp16 blocksize=64"), "sm_90").asm["ptx"]
+    assert "griddepcontrol" not in ptx

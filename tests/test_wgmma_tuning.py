@@ -10,9 +10,17 @@ import torch
 
 import qkernels
 from qkernels import aot
-from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA
+from qkernels.dispatch import DEQUANTIZE, SKINNY, WGMMA, Product, fused_share, share_takes_adapter
 from qkernels.kernels._wgmma import TAKE_TURNS
-from qkernels.tuning.wgmma import expected_us, tiling, wgmma_config, wgmma_limit
+from qkernels.tuning.wgmma import (
+    PROCESSORS,
+    expected_us,
+    share_tiling,
+    tiling,
+    wgmma_config,
+    wgmma_limit,
+    wgmma_share,
+)
 from qkernels.variants import wgmma_variant
 
 SHAPES = [(1, 64), (17, 4096), (4096, 4096), (12288, 4096), (4096, 16384), (11008, 4096), (4096, 11008), (250880, 4096)]
@@ -82,6 +90,43 @@ def test_what_it_refuses(options, reason):
     choice = qkernels.explain(**({"M": 100, "N": 12288, "K": 4096, "device": (9, 0)} | options))
     assert choice.implementation == DEQUANTIZE
     assert f"not {WGMMA}: {reason}" in choice.reason
+
+
+def test_a_share_spares_cublas_a_wave_of_tiles():
+    def waves(M, R):
+        return -(-(-(-R // 256) * -(-M // 128)) // PROCESSORS)
+
+    taken = 0
+    for M in (1025, 1100, 1536, 2000, 2048, 3072, 4096, 8192):
+        for R in (4096, 4100, 8192, 11008, 12288, 14336, 16384, 22016, 32000):
+            share = wgmma_share(M, R)
+            if share:
+                taken += 1
+                assert share % 128 == 0
+                assert share <= 0.15 * R
+                assert waves(M, R - share) == waves(M, R) - 1
+                config = share_tiling(M, share, 4096)
+                assert not config.split
+                assert config.programs <= PROCESSORS
+    assert taken
+    assert wgmma_share(2048, 11008) == 512
+    assert wgmma_share(2048, 4096) == 0
+    assert wgmma_share(1024, 12288) == 0
+
+
+def test_who_has_a_share():
+    product = Product(2048, 11008, 4096, torch.float16, (9, 0))
+    assert fused_share(product) == 512
+    assert "512 columns by fused wgmma while W is decoded" in qkernels.explain(2048, 11008, 4096, device=(9, 0)).reason
+    assert fused_share(product._replace(N=4096, K=11008, backward=True)) == 512
+    for other in ({"capability": (8, 0)}, {"dtype": torch.float32}, {"K": 4090}, {"aligned": False}, {"M": 1024}):
+        assert fused_share(product._replace(**other)) == 0
+    # Blocks of 32 leave no registers for an adapter's part, and a mask multiplies it alone in dx.
+    backward = product._replace(N=4096, K=11008, backward=True)
+    assert share_takes_adapter(product, dropout=True)
+    assert share_takes_adapter(backward, dropout=False)
+    assert not share_takes_adapter(backward, dropout=True)
+    assert not share_takes_adapter(product._replace(blocksize=32), dropout=False)
 
 
 @pytest.mark.parametrize("backward", [False, True])

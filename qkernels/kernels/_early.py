@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-_WAIT = gl.constexpr("{ griddepcontrol.wait; mov.b32 $0, 0; }")
+WAIT = "{ griddepcontrol.wait; mov.b32 $0, 0; }"
+_WAIT = gl.constexpr(WAIT)
 _BEGIN = gl.constexpr("{ griddepcontrol.launch_dependents; mov.b32 $0, 0; }")
 _FETCH = gl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 

@@ -160,7 +160,7 @@ class Launcher:
 
 
 def early_and_late(kernel: Any, **options: Any) -> dict[bool, Launcher]:
-    """Two launchers of a kernel, by its constant EARLY: whether it begins while the kernel before it ends."""
+    """Two launchers of a kernel, by its constant EARLY (BESIDE): whether it begins before the kernel before it ends."""
     return {early: Launcher(kernel, launch_pdl=early, **options) for early in (False, True)}
 
 

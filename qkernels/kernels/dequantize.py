@@ -3,6 +3,10 @@
 A program takes ROWS quantization blocks: one scale a row, two table look-ups a byte, and the two results of a byte
 side by side in the store.  A look-up is a shuffle: each lane of a warp holds a value of the table.  Bytes moved:
 1/2 + itemsize + 4/blocksize an element, with double quantization 1/2 + itemsize + 1/blocksize + 4/(256 blocksize).
+
+It may run beside the kernel before it, which leaves multiprocessors free and lets it begin early (`_early.py`).  Then
+it waits for nothing before it reads and writes, and its last program ends after that kernel: what comes next in the
+stream finds both done.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import triton.language as tl
 
 from ..format import NESTED_BLOCKSIZE, code_table, packed_length
 from ..tuning import LaunchConfig
-from ._launch import Launcher
+from ._early import WAIT
+from ._launch import early_and_late
 from ._tile import lane_id, load_absmax
 
 
@@ -36,6 +41,7 @@ def _assembly() -> str:
 
 _ASSEMBLY = tl.constexpr(_assembly())
 _CONSTRAINTS = tl.constexpr("=f," * 8 + "r,f,f,f,f")
+_WAIT = tl.constexpr(WAIT)
 
 
 @triton.jit
@@ -72,6 +78,7 @@ def _dequantize_4bit_kernel(
     QUANT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     USE_ASM: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
     # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
@@ -97,9 +104,12 @@ def _dequantize_4bit_kernel(
     values = tl.join(even * absmax, odd * absmax).reshape(ROWS, QUANT_BLOCK).to(out_ptr.dtype.element_ty)
     offs_out = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     tl.store(out_ptr + first_block * QUANT_BLOCK + offs_out, values, mask=offs_out < remaining)
+    if BESIDE:  # noqa: SIM102 (what is not compiled, and what is not run)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            tl.inline_asm_elementwise(_WAIT, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
 
 
-_launch = Launcher(_dequantize_4bit_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
+_LAUNCHERS = early_and_late(_dequantize_4bit_kernel, views={0: torch.uint8}, enable_fp_fusion=False)
 
 
 def dequantize_4bit_triton(
@@ -112,6 +122,8 @@ def dequantize_4bit_triton(
     absmax_8bit: torch.Tensor | None = None,
     absmax_code: torch.Tensor | None = None,
     absmax_offset: torch.Tensor | None = None,
+    *,
+    beside: bool = False,
 ) -> None:
     """Launch the kernel into `out`, contiguous.
 
@@ -119,12 +131,13 @@ def dequantize_4bit_triton(
         A: packed codes, contiguous, any storage dtype.
         absmax: float32 scales, one a block; with double quantization the scales of `absmax_8bit`, one for 256.
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.
+        beside: beside the kernel before it, which lets this one begin when all that both touch is free.
     """
     n = out.numel()
-    _launch(
+    _LAUNCHERS[beside](
         (-(-n // (blocksize * config.rows)), 1, 1),
         (A, absmax, absmax_8bit, absmax_code, absmax_offset, code_table(quant_type, A.device), out),
         (n, packed_length(n)),
-        (absmax_8bit is not None, NESTED_BLOCKSIZE, blocksize, config.rows, A.is_cuda),
+        (absmax_8bit is not None, NESTED_BLOCKSIZE, blocksize, config.rows, A.is_cuda, beside),
         config,
     )

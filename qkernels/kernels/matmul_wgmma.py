@@ -265,6 +265,7 @@ def wgmma_constants(
     has_bias: bool,
     backward: bool,
     inner_shape: tuple[int, int] = (0, 0),
+    share: bool = False,
 ) -> dict[str, object]:
     """The kernel's compile-time arguments, in its order."""
     return {
@@ -281,7 +282,7 @@ def wgmma_constants(
         "TABLED": min(config.tabled, 1) if inner_shape[1] and config.columns == 256 else config.tabled,
         "RANK": inner_shape[1],
         "INNER_PARTS": inner_shape[0],
-        "EARLY": begins_early(config, backward),
+        "EARLY": share or begins_early(config, backward),
     }
 
 
@@ -301,6 +302,7 @@ def matmul_wgmma_triton(
     *,
     backward: bool = False,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    share: int | None = None,
 ) -> None:
     """Launch x W^T (backward: x W) into `out`.
 
@@ -315,6 +317,8 @@ def matmul_wgmma_triton(
         absmax_8bit, absmax_code, absmax_offset: all None, or uint8[blocks], float32[256] and a float32 scalar tensor.
         adapter: (B [N, r], u) for x W^T + u B^T, backward (A [r, K], v) for x W + v A; u and v as `lora_down_triton`
             gives them, of a rank up to 64.
+        share: of the columns of `out` only so many, the first ones, a multiple of 128; the launch after this one may
+            begin when all programs of this one have, and the launch before it has ended.
     """
     (N, K), M = shape, out.shape[0]
     w, inner, r, inner_shape = None, None, 0, (0, 0)
@@ -326,12 +330,15 @@ def matmul_wgmma_triton(
         parts = torch.empty(config.programs * config.rows * config.columns, dtype=torch.float32, device=x.device)
         flags = cleared_flags(x.device)
     has_bias, nested = bias is not None, absmax_8bit is not None
-    constants = wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, inner_shape)
+    constants = wgmma_constants(
+        config, blocksize, quant_type, nested, has_bias, backward, inner_shape, share is not None
+    )
+    R, C = (K, N) if backward else (N, K)
     table = byte_table(quant_type, x.device)
     _LAUNCHERS[constants["EARLY"]](
         (config.programs, 1, 1),
         (packed, absmax, absmax_8bit, absmax_code, absmax_offset, table, bias, out, parts, flags, w, inner),
-        (M, N, K, *turns(M, *((K, N) if backward else (N, K)), config.columns), r),
+        (M, N, K, *turns(M, R if share is None else share, C, config.columns), r),
         tuple(constants.values()),
         config,
         (TensorDescriptor.from_tensor(x, [config.columns, 64], X_LAYOUT),),

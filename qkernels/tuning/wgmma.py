@@ -23,6 +23,13 @@ _TAKE_US = 3.1
 # Of four bytes, how many are decoded by a table.
 _TABLED = {64: 3, 128: 3, 256: 2}
 
+# The most rows of x of the fused product, where the weight is large.
+_LIMIT = 1024
+# A tile of cuBLAS' products of thousands of rows: of the transposed output's rows and columns.
+_DENSE_TILE = (256, 128)
+_LARGEST_SHARE = 0.15
+_SHARE_COLUMNS = 256
+
 
 class WgmmaConfig(NamedTuple):
     """Attributes:
@@ -110,6 +117,27 @@ def begins_early(config: WgmmaConfig, backward: bool) -> bool:
     return not backward and config.columns < 256
 
 
+def wgmma_share(M: int, R: int) -> int:
+    """Columns of out[M, R] that leave cuBLAS whole waves of tiles, so that it takes one wave less.
+
+    They are computed by the fused product while W is decoded, on as many multiprocessors as they have tiles.  It is 0
+    where the fused product takes all M, and where there are so many that no wave is gained.
+    """
+    if M <= _LIMIT:
+        return 0
+    rows, columns = _DENSE_TILE
+    across = -(-M // columns)
+    waves = across * -(-R // rows) // PROCESSORS
+    share = -(-(R - waves * PROCESSORS // across * rows) // ROWS) * ROWS
+    tiles = -(-M // _SHARE_COLUMNS) * (share // ROWS)
+    return share if share <= R * _LARGEST_SHARE and tiles <= PROCESSORS else 0
+
+
+def share_tiling(M: int, share: int, C: int) -> WgmmaConfig:
+    """Whole tiles, each of a program."""
+    return tiling(M, share, C, _SHARE_COLUMNS, -(-M // _SHARE_COLUMNS) * (share // ROWS))
+
+
 def wgmma_limit(N: int, K: int) -> int:
     """The most rows of x for which the fused product was faster than decoding W apart and cuBLAS."""
-    return 1024 if N * K >= 2**24 else 256
+    return _LIMIT if N * K >= 2**24 else 256

@@ -150,8 +150,8 @@ def test_within_hoppers_product(new_inputs, rank, dtype):
                         assert_close(f"{M} {columns} {programs} {backward}", out, torchs, exact)
 
 
-def layer(M, N, K, r, dtype, factors):
-    packed, state = weight(N, K, dtype)
+def layer(M, N, K, r, dtype, factors, **options):
+    packed, state = weight(N, K, dtype, **options)
     leaves = [randn(M, K, dtype=dtype), randn(N, dtype=dtype), randn(r, K, dtype=factors), randn(N, r, dtype=factors)]
     leaves[2:] = [0.1 * leaf for leaf in leaves[2:]]
     return packed, state, [leaf.requires_grad_() for leaf in leaves]
@@ -176,22 +176,35 @@ def in_float64(x, bias, A, B, packed, state, p, seed, dy):
     return x @ decoded.t() + bias + u @ B.t(), dy @ decoded + (v @ A) * mask, v.t() @ (x * mask), dy.t() @ u
 
 
+def hold_a_step(M, shape, r, dtype, p, **options):
+    """y, dx, dA and dB of a layer with an adapter against float64."""
+    packed, state, leaves = layer(M, *shape, r, dtype, torch.float32, **options)
+    seed = torch.randint(2**62, (1,), device="cuda") if p else None
+    x, bias, A, B = leaves
+    y = qkernels.matmul_4bit_lora(x, packed, state, A, B, 0.5, bias, p, seed)
+    dy = torch.randn_like(y)
+    ours = (y.detach(), *torch.autograd.grad(y, (x, A, B), dy))
+    given = (*(leaf.detach() for leaf in leaves), packed, state, p, seed, dy)
+    names = zip(("y", "dx", "dA", "dB"), ours, in_parts(*given), in_float64(*given), strict=True)
+    for name, found, torchs, exact in names:
+        assert_close(f"{name} M={M} r={r}", found, torchs, exact)
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1024, 1024), (1000, 1088), (72, 96)])
 def test_the_product_with_an_adapter(new_inputs, shape, dtype, p):
     for M in (1, 20, 33, 128, 300, 700, 2048):
-        packed, state, leaves = layer(M, *shape, 16, dtype, torch.float32)
-        seed = torch.randint(2**62, (1,), device="cuda") if p else None
-        x, bias, A, B = leaves
-        y = qkernels.matmul_4bit_lora(x, packed, state, A, B, 0.5, bias, p, seed)
-        dy = torch.randn_like(y)
-        ours = (y.detach(), *torch.autograd.grad(y, (x, A, B), dy))
-        given = (*(leaf.detach() for leaf in leaves), packed, state, p, seed, dy)
-        names = zip(("y", "dx", "dA", "dB"), ours, in_parts(*given), in_float64(*given), strict=True)
-        for name, found, torchs, exact in names:
-            assert_close(f"{name} M={M}", found, torchs, exact)
-        assert ours[2].dtype == ours[3].dtype == torch.float32
+        hold_a_step(M, shape, 16, dtype, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(11008, 192), (200, 11008)])
+def test_where_hoppers_product_takes_a_share(new_inputs, shape, dtype, p):
+    for r, blocksize in ((16, 64), (64, 64), (16, 32)):
+        hold_a_step(2048, shape, r, dtype, p, blocksize=blocksize)
 
 
 @pytest.mark.parametrize("r", [8, 64, 65])

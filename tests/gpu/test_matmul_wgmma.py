@@ -139,6 +139,51 @@ def test_the_weight_is_that_of_dequantize_4bit_or_its_neighbour():
             assert 0 < apart.float().mean() < often
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [32, 64])
+def test_a_share_while_the_rest_is_decoded(new_inputs, blocksize, dtype):
+    for M, N, K, backward in ((2048, 11008, 320, False), (2000, 328, 11008, True), (2048, 12288, 192, False)):
+        assert dispatch.fused_share(dispatch.Product(M, N, K, dtype, (9, 0), blocksize, backward))
+        packed, state = weight(N, K, dtype, blocksize=blocksize)
+        x = torch.randn(M, N if backward else K, device="cuda", dtype=dtype)
+        product = qkernels.matmul_4bit_dx if backward else qkernels.matmul_4bit
+        assert_accurate(product(x, packed, state), x, packed, state, backward=backward)
+        if not backward:
+            bias = torch.randn(N, device="cuda", dtype=dtype)
+            assert_accurate(qkernels.matmul_4bit(x, packed, state, bias=bias), x, packed, state, bias)
+
+
+def test_a_share_begins_and_ends_with_the_product(new_inputs):
+    """What it reads is written just before, and what it writes is read at once, in memory that others had."""
+    wide, tall = weight(11008, 512, torch.float16), weight(512, 11008, torch.float16)
+
+    def chain(between):
+        x, kept = first, []
+        for _ in range(4):
+            for product, w in (
+                (qkernels.matmul_4bit, wide),
+                (qkernels.matmul_4bit, tall),
+                (qkernels.matmul_4bit_dx, tall),
+                (qkernels.matmul_4bit_dx, wide),
+            ):
+                x = product(x, w[0].clone(), w[1])
+                between()
+                x = x / x.std()
+            kept.append(x)
+        return kept
+
+    first = torch.randn(2048, 512, device="cuda", dtype=torch.float16)
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for _ in range(3):
+        graph.replay()
+        for found in (chain(lambda: None), captured):
+            for ours, right in zip(found, expected, strict=True):
+                assert_bits_equal(ours, right)
+
+
 @pytest.mark.parametrize("M", [64, 300])
 def test_nan_and_inf_stay_in_their_row(M):
     packed, state = weight(128, 256, torch.float16)
