@@ -217,7 +217,9 @@ def test_decoding_follows_the_adapter():
     for model in (by_graph, plain):
         model.add_adapter("other", model.peft_config["default"])
     torch.manual_seed(7)
-    other = {name: torch.randn_like(parameter) for name, parameter in by_graph.named_parameters() if ".other." in name}
+    other = {
+        name: 0.5 * torch.randn_like(parameter) for name, parameter in by_graph.named_parameters() if ".other." in name
+    }
     ids = tokens(1, 9).cuda()
     for model in (by_graph, plain):
         for name, parameter in model.named_parameters():
