@@ -158,6 +158,9 @@ def choose_adapter(product: Product, r: int, dropout: bool) -> Choice:
     if reason is not None:
         return Choice(ADAPTER_APART, f"not {ADAPTER_BESIDE}: {reason}")
     implementation = choose(product).implementation
+    if implementation == SKINNY and not product.backward and skinny_limit(product.sm) < product.M:
+        # One weight's product alone is faster so, by less than a launch beside it takes.
+        implementation = WGMMA if _refuse_wgmma(product) is None else SKINNY
     if implementation != WGMMA:
         return Choice(ADAPTER_BESIDE, f"not {ADAPTER_JOINED}: {implementation} takes none")
     if product.blocksize < 64:

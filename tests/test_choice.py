@@ -16,7 +16,7 @@ from qkernels.tuning import skinny, skinny_dx, wgmma
 
 def _rows(times, m=8, op="matmul", capability=9.0):
     """A record of one point: (implementation, configuration, round) -> microseconds."""
-    point = {"op": op, "rows": 4096, "columns": 4096, "dtype": "float16", "m": m, "capability": capability}
+    point = {"op": op, "rows": 8192, "columns": 4096, "dtype": "float16", "m": m, "capability": capability}
     return [
         {**point, "implementation": name, "configuration": configuration, "round": number, "median_us": us}
         for (name, configuration, number), us in times.items()
@@ -82,7 +82,7 @@ def test_the_newest_record_shows_no_implementation_that_is_faster_than_the_chose
 def test_a_bad_rule_is_seen():
     rows = _rows(TIMES)
     (loss,) = choice.too_slow(rows, lambda product: (DEQUANTIZE, ""))
-    assert loss.product == Product(8, 4096, 4096, torch.float16, (9, 0))
+    assert loss.product == Product(8, 8192, 4096, torch.float16, (9, 0))
     assert loss.share == pytest.approx(20 / 4.9 - 1)
     assert loss.beside_others == loss.share
     assert "is 308.2% slower than fused skinny tiles=2, 4.9 us" in choice.text(loss)
@@ -95,7 +95,7 @@ def record(tmp_path):
     """A record in which the dispatch's choices are the fastest."""
     rows = []
     for op, m in (("matmul", 8), ("matmul", 64), ("matmul_dx", 64), ("matmul", 4096)):
-        product = Product(m, 4096, 4096, torch.float16, (9, 0), backward=op == "matmul_dx")
+        product = Product(m, 8192, 4096, torch.float16, (9, 0), backward=op == "matmul_dx")
         taken = candidates.chosen(product)
         times = {(one.implementation, one.configuration, 1): 10.0 for one in candidates.candidates(product)}
         name = taken.implementation, taken.configuration
@@ -112,7 +112,7 @@ def test_the_command_turns_red_with_a_planted_rule(record, monkeypatch, capsys):
     monkeypatch.setattr(candidates, "choose", lambda product: Choice(DEQUANTIZE, "planted"))
     assert choice.main([str(record)]) == 1
     said = capsys.readouterr().out
-    assert "matmul 4096x4096 float16 M=8: dequantize + cuBLAS, 10.0 us is 11.1% slower than fused skinny" in said
+    assert "matmul 8192x4096 float16 M=8: dequantize + cuBLAS, 10.0 us is 11.1% slower than fused skinny" in said
 
 
 def test_ragged_weights_have_a_record_that_counts_too(record, tmp_path, monkeypatch, capsys):
@@ -124,14 +124,14 @@ def test_ragged_weights_have_a_record_that_counts_too(record, tmp_path, monkeypa
     rows = [row | {"blocksize": 32, "date": "2026-11-25"} for row in _rows(TIMES)]
     write_csv(tmp_path / "ragged-tune-a", rows)
     assert choice.main([]) == 1
-    assert "matmul 4096x4096/32 float16 M=8" in capsys.readouterr().out
+    assert "matmul 8192x4096/32 float16 M=8" in capsys.readouterr().out
 
 
 def test_every_point_is_told_with_its_alternatives(record, capsys):
     assert choice.main([str(record), "--points"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("matmul")]
     assert len(lines) == 4
-    assert lines[0].startswith("matmul 4096x4096 float16 M=8")
+    assert lines[0].startswith("matmul 8192x4096 float16 M=8")
     assert "9.0 us; dequantize + cuBLAS 10.0; fused skinny 9.0; fused wgmma 10.0" in lines[0]
 
 
@@ -225,10 +225,10 @@ def test_after_the_given_seconds_no_point_is_begun(tmp_path, capsys):
 def test_a_faster_configuration_is_proposed(record, monkeypatch, capsys):
     assert proposal.main([str(record)]) == 0
     said = capsys.readouterr().out
-    assert "matmul 4096x4096 float16: fused skinny 8, fused wgmma 64, dequantize + cuBLAS 4096" in said
+    assert "matmul 8192x4096 float16: fused skinny 8, fused wgmma 64, dequantize + cuBLAS 4096" in said
     assert said.count("  nothing") == 2
     rows = read_csv(record)
     slow = next(row for row in rows if row["implementation"] == SKINNY and row["median_us"] == 10.0)
     slow["median_us"] = 4.5
     (line,) = [line for line in proposal.lines(rows) if "by 100.0% than" in line]
-    assert line.startswith(f"  (4096, 4096, 8): {slow['configuration']} by")
+    assert line.startswith(f"  (8192, 4096, 8): {slow['configuration']} by")

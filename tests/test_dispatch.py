@@ -7,7 +7,16 @@ import torch
 
 import qkernels
 from qkernels import dispatch
-from qkernels.dispatch import Choice, Product, Rule
+from qkernels.dispatch import (
+    ADAPTER_BESIDE,
+    ADAPTER_JOINED,
+    SKINNY,
+    Choice,
+    Product,
+    Rule,
+    choose,
+    choose_adapter,
+)
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
 
@@ -42,3 +51,15 @@ def test_wrong_questions():
     if not torch.cuda.is_available():
         with pytest.raises(qkernels.UserError, match="Pass a capability"):
             qkernels.explain(1, 64, 64, device="cuda")
+
+
+def test_an_adapter_is_in_hoppers_product_where_the_product_alone_is_faster_otherwise():
+    for M, joined in ((32, False), (33, True), (64, True), (65, True)):
+        product = Product(M, 4096, 4096, torch.float16, (9, 0))
+        assert (choose(product).implementation == SKINNY) == (M <= 64)
+        assert (choose_adapter(product, 16, False).implementation == ADAPTER_JOINED) == joined
+    for product in (
+        Product(40, 4096, 4096, torch.float16, (9, 0), backward=True),
+        Product(40, 4096, 4095, torch.float16, (9, 0)),
+    ):
+        assert choose_adapter(product, 16, False).implementation == ADAPTER_BESIDE

@@ -127,6 +127,7 @@ _SPLIT_SHAPES = ((2, 2, 4, 4), (2, 4, 8, 4))
 _MEASURED = {
     (4096, 4096, 1): (1, 1, 16),
     (4096, 4096, 16): (2, 1, 8),
+    (4096, 4096, 64): (2, 1, 4),
     (16384, 4096, 8): (2, 1, 4),
     (4096, 11008, 4): (2, 1, 8),
     (4096, 11008, 8): (1, 1, 8),
@@ -140,6 +141,8 @@ _MEASURED = {
 # columns where it was not.  Three tiles of 32 columns would spill.
 _ONE_BRANCH = {8: {(1, 8), (2, 8)}, 16: {(1, 8), (1, 16), (2, 4), (2, 8), (3, 4)}, 32: {(2, 4)}}
 _TWO_BRANCHES = {(4096, 11008, 16)}
+# By N and K, where that found more rows of x faster so.
+_MEASURED_LIMIT = {(4096, 4096): 64}
 # Where rows are no multiple of 64; where some multiprocessors besides are left without a program, and rows of W are
 # multiples of 16 bytes as cuBLAS likes them; for blocks of 32 in rows that are.  Beyond, decoding apart is faster.
 _RAGGED_LIMIT, _SMALL_LIMIT, _SMALL_BLOCK_LIMIT = 128, 64, 64
@@ -160,7 +163,7 @@ def skinny_limit(sm: int, N: int = 0, K: int = 0, blocksize: int = 64) -> int:
             return min(limit, _SMALL_BLOCK_LIMIT)
         small = programs(N, K, blocksize, 16) < PROCESSORS[known] and K % 8 == 0
         return _SMALL_LIMIT if small else _RAGGED_LIMIT
-    return limit
+    return _MEASURED_LIMIT.get((N, K), limit) if known == MEASURED_ON else limit
 
 
 def _most_rows(M: int) -> int:
