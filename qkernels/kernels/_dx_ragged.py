@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 
+import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from ..tuning.skinny_dx import is_ragged as _is_ragged
 from ._dx_lanes import load_shared_vector, wait_for_warp, weights_asm
 from ._dx_rows import load_ragged_rows, ragged_halves
-from ._dx_scales import SCALE_PITCH, load_bytes
+from ._dx_scales import SCALE_PITCH, leave_scales, load_bytes
 from ._lanes import load_shared, store_shared
 
-
-@gluon.constexpr_function
-def is_ragged(K, QUANT_BLOCK):
-    return K % 64 != 0 or QUANT_BLOCK < 64
+is_ragged = triton.constexpr_function(_is_ragged)
 
 
 @gluon.constexpr_function
@@ -140,14 +139,8 @@ def ragged_scales_of_lane(
     how many k are before that one."""
     COUNT: gl.constexpr = scales_a_row(K, QUANT_BLOCK, BYTES)
     DIVIDED: gl.constexpr = is_divided(K, QUANT_BLOCK, BYTES)
-    scale = 0.0
     wait_for_warp(lane)  # the last step's are read
-    for i in gl.static_range(COUNT):
-        if NESTED:
-            scale = load_shared(map_address + stored[2 * i] * 4) * stored[2 * i + 1] + offset
-        else:
-            scale = stored[i]
-        store_shared(area + (SCALE_PITCH * i + lane) * 4, scale.to(gl.int32, bitcast=True))
+    scale = leave_scales(stored, area, map_address, offset, lane, COUNT, NESTED)
     if DIVIDED:  # read beside the last block's, and not used
         store_shared(area + (SCALE_PITCH * COUNT + lane) * 4, scale.to(gl.int32, bitcast=True))
     wait_for_warp(lane)

@@ -32,7 +32,7 @@ def _words_of(K, BYTES, row):
 
 @gluon.constexpr_function
 def _words_before(K, BYTES, row):
-    return sum((i * K % 8 + 2 * BYTES - 1) // 8 + 1 for i in range(row))
+    return sum(_words_of(K, BYTES, i) for i in range(row))
 
 
 @gluon.constexpr_function

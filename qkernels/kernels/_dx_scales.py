@@ -78,14 +78,22 @@ def load_stored(
 
 
 @gluon.jit
-def scales_of_lane(stored, area, map_address, offset, lane, BLOCKS: gl.constexpr, NESTED: gl.constexpr):
-    """The eight scales of this lane's rows and block.  `area` is this warp's, of two in turn: one barrier is enough."""
-    for i in gl.static_range(BLOCKS):
+def leave_scales(stored, area, map_address, offset, lane, COUNT: gl.constexpr, NESTED: gl.constexpr):
+    """Decode what a lane has loaded for COUNT blocks of its row and leave it in `area`; the last one's scale."""
+    scale = 0.0
+    for i in gl.static_range(COUNT):
         if NESTED:
             scale = load_shared(map_address + stored[2 * i] * 4) * stored[2 * i + 1] + offset
         else:
             scale = stored[i]
         store_shared(area + (SCALE_PITCH * i + lane) * 4, scale.to(gl.int32, bitcast=True))
+    return scale
+
+
+@gluon.jit
+def scales_of_lane(stored, area, map_address, offset, lane, BLOCKS: gl.constexpr, NESTED: gl.constexpr):
+    """The eight scales of this lane's rows and block.  `area` is this warp's, of two in turn: one barrier is enough."""
+    leave_scales(stored, area, map_address, offset, lane, BLOCKS, NESTED)
     wait_for_warp(lane)
     here = area + (lane // (32 // BLOCKS) * SCALE_PITCH + lane % 4 * 8) * 4
     return load_shared_vector(here) + load_shared_vector(here + 16)
