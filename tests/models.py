@@ -38,6 +38,11 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
     return kind(config(**({"vocab_size": VOCABULARY} | sizes | changes))).eval()
 
 
+def writing_model(name: str, **changes) -> PreTrainedModel:
+    """A tiny model whose next token depends on all before it; with small weights a Bloom repeats the last one."""
+    return tiny_model(name, initializer_range=0.5, **changes)
+
+
 def save_tiny(name: str, folder: Path, **changes) -> Path:
     tiny_model(name, **changes).save_pretrained(folder)
     return folder

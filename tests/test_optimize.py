@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import tiny_model, tokens
+from models import tiny_model, tokens, writing_model
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -32,8 +32,8 @@ def stirred(model):
     return model
 
 
-def pair(family: str, **options):
-    plain = stirred(tiny_model(family))
+def pair(family: str, made=tiny_model, **options):
+    plain = stirred(made(family))
     return plain, optimize_model(copy.deepcopy(plain), **options)
 
 
@@ -102,7 +102,7 @@ def test_packed_texts_do_not_see_each_other(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_with_a_cache(family, cache):
-    plain, optimized = pair(family)
+    plain, optimized = pair(family, writing_model)
     settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": padded_mask("left"), "pad_token_id": 0}
     expected = plain.generate(tokens(), **settings)
     implementation = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny_model, tokens
+from models import tokens, writing_model
 from transformers import LogitsProcessor, MaxTimeCriteria, TextStreamer
 from transformers.generation import utils
 
@@ -53,7 +53,7 @@ def steps_of(model, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_texts_that_end_early_and_late(late, family, rows, monkeypatch):
-    plain, model = tiny_model(family), optimize_model(tiny_model(family))
+    plain, model = writing_model(family), optimize_model(writing_model(family))
     ids = tokens(rows, 9)
     whole = written(plain, ids, static=False, eos_token_id=None)
     ends = sorted({whole[0][9 + at] for at in (0, 3, 8, 19)})
@@ -69,7 +69,7 @@ def test_texts_that_end_early_and_late(late, family, rows, monkeypatch):
 
 
 def test_random_numbers_go_on_as_without(late):
-    plain, model = tiny_model("bloom"), optimize_model(tiny_model("bloom"))
+    plain, model = writing_model("bloom"), optimize_model(writing_model("bloom"))
     ids = tokens(2, 9)
 
     def drawn(which, **how):
@@ -100,13 +100,13 @@ class Counting(LogitsProcessor):
 def test_who_does_without(late, settings, monkeypatch):
     monkeypatch.setattr(TextStreamer, "put", lambda *args: None)
     monkeypatch.setattr(TextStreamer, "end", lambda *args: None)
-    model = optimize_model(tiny_model("bloom"))
+    model = optimize_model(writing_model("bloom"))
     ids = tokens(1, 9)
     written(model, ids)
     assert len(late) == 20
     model.generate(ids, max_new_tokens=5, pad_token_id=0, **({"cache_implementation": "static"} | settings()))
     assert len(late) == 20
-    written(optimize_model(tiny_model("bloom"), graphs=False), ids)
+    written(optimize_model(writing_model("bloom"), graphs=False), ids)
     assert len(late) == 20
 
 
