@@ -67,6 +67,9 @@ def _better(
     found = []
     for group, products in groups.items():
         common = set.intersection(*({n for n in points[one] if n[0] == implementation} for one in products))
+        if not common:  # of each M what is measured depends on M, by a weight's rows
+            found.append(f"  {group}: no configuration was measured for all of M = {[one.M for one in products]}")
+            continue
 
         def cost(name: Name, products: list[Product] = products) -> float:
             return math.fsum(math.log(points[one][name]) for one in products) / len(products)

@@ -232,3 +232,10 @@ def test_a_faster_configuration_is_proposed(record, monkeypatch, capsys):
     slow["median_us"] = 4.5
     (line,) = [line for line in proposal.lines(rows) if "by 100.0% than" in line]
     assert line.startswith(f"  (8192, 4096, 8): {slow['configuration']} by")
+
+
+def test_points_without_a_configuration_in_common_get_no_proposal():
+    """Rows 1 and 4 of x have one entry of the table."""
+    rows = _rows({(SKINNY, "tiles=1", 1): 5.0}, m=1) + _rows({(SKINNY, "tiles=2", 1): 4.0}, m=4)
+    found = proposal.lines(rows, lambda product: (SKINNY, "tiles=1" if product.M == 1 else "tiles=2"))
+    assert [line for line in found if "for all of M = [1, 4]" in line]
