@@ -44,7 +44,7 @@ bench-compare: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run --op dequantize --op quantize --out build/bench
 	$(BIN)/python -m benchmarks.run --op matmul --shape 12288x4096 --out build/bench \
 		$(foreach m,1 4 16 64 256 1024 4096,--m $(m))
-	$(BIN)/python -m benchmarks.run --op lora --out build/bench
+	$(BIN)/python -m benchmarks.run --op lora --shape 12288x4096 --out build/bench
 	$(BIN)/python -m benchmarks.run --op load --op train_step --op generate --dtype bfloat16 \
 		--stacks trl+peft+bitsandbytes qlora --out build/bench
 	$(BIN)/python -m benchmarks.compare build/bench/*.csv
