@@ -41,6 +41,8 @@ HOST_US = 12.0
 # (case, at least so many tokens a second, at most so many GiB).
 TRAINING = (("4x512", 9_500, 6.3), ("8x512", 10_000, 7.8))
 SMALL_STEP, GENERATING, LLAMA = 4.0, 6.0, 1.5
+FP16_TO_BF16 = 1.0  # tokens a second, the worst of these cases
+FIXED_LENGTHS = ("1x128", "4x512", "8x512")
 PREDICTED, LOSSES, LEARNING = 0.05, 1e-3, 0.01
 
 
@@ -148,13 +150,22 @@ def _of_training(rows: list[Row]) -> Iterator[Aim]:
     ours = {case: row for (stack, case), row in done_of(rows).items() if stack == "qlora"}
     for case, speed, memory in TRAINING:
         row = ours[case]
-        name = f"training Bloom-7B1, {case.replace('x', ' x ')}"
+        name = f"training Bloom-7B1, {_spaced(case)}"
         yield Aim(f"{name}, tokens/s", speed, row["tokens_per_s"], lambda value: f"{value:,.0f}")
         peak = row["gpu_peak_allocated_gib"]
         yield Aim(f"{name}, GPU peak", memory, peak, lambda value: f"{value:.2f} GiB", at_most=True)
     others = (("training Bloom-7B1, 1 x 128", "1x128", SMALL_STEP), ("generating", GENERATE, GENERATING))
     for what, case, wanted in others:
         yield Aim(f"{what}, over {THEIRS}", wanted, min(_speed_ups(rows, case)), times)
+    in_fp16 = done_of(rows, "fp16")
+    speeds = {case: in_fp16["qlora", case]["tokens_per_s"] / ours[case]["tokens_per_s"] for case in FIXED_LENGTHS}
+    worst = min(speeds, key=speeds.__getitem__)
+    what = "training Bloom-7B1, speed in fp16 to that in bf16"
+    yield Aim(what, FP16_TO_BF16, speeds[worst], times, where=f" ({_spaced(worst)})")
+
+
+def _spaced(case: str) -> str:
+    return case.replace("x", " x ")
 
 
 def _speed_ups(rows: list[Row], case: str) -> list[float]:

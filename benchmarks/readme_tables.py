@@ -59,9 +59,9 @@ def around(rows: list[Row]) -> Table:
     return ("bf16 (GPU peak, GiB)", *stacks), body
 
 
-def done_of(rows: list[Row]) -> dict[tuple[str, str], Row]:
-    """(stack, case) -> what was measured in bfloat16."""
-    return {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == "bf16"}
+def done_of(rows: list[Row], precision: str = "bf16") -> dict[tuple[str, str], Row]:
+    """(stack, case) -> what was measured in this precision."""
+    return {(row["stack"], row["name"]): row for row in rows if row["status"] == "ok" and row["precision"] == precision}
 
 
 def stacks_of(done: Iterable[tuple[str, str]]) -> list[str]:
