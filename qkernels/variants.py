@@ -17,21 +17,15 @@ import torch
 
 from .dropout import threshold_and_scale
 from .format import BLOCKSIZES, NESTED_BLOCKSIZE
-from .kernels._arrange import ARRANGE_CONFIG, arrange_kernel
+from .kernels._arrange import ARRANGE_CONFIG, arrange_constants, arrange_kernel
 from .kernels._pairs import ALPHA, pair_codes
-from .kernels._sum_parts import SUM_CONFIG, sum_parts_kernel
+from .kernels._sum_parts import SUM_CONFIG, sum_constants, sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
 from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
-from .kernels.matmul_skinny import (
-    _matmul_skinny_kernel,
-    arrange_constants,
-    ragged_constants,
-    skinny_constants,
-    skinny_sum_constants,
-)
-from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, dx_sum_constants, float_codes, skinny_dx_constants
+from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants
+from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
 from .kernels.quantize import _quantize_4bit_kernel
@@ -265,7 +259,7 @@ def _matmul_skinny(sm: int) -> Iterator[Variant]:
     for N, K in _SKINNY_SHAPES:
         config = skinny_config(32, N, K, sm)
         if config is not None and config.parts > 1:
-            yield sum_variant(skinny_sum_constants(config))
+            yield sum_variant(config)
     if sm >= 80:
         yield skinny_variant(16, 1152, 4304, sm, "bf16", "nf4", 64, False, has_bias=False)
 
@@ -343,7 +337,7 @@ def _matmul_skinny_dx(sm: int) -> Iterator[Variant]:
     config = skinny_dx_config(1, 12288, 4096, sm)
     assert config is not None
     if config.parts > 1:
-        yield sum_variant(dx_sum_constants(config))
+        yield sum_variant(config)
 
 
 def skinny_dx_variant(
@@ -383,11 +377,11 @@ def skinny_dx_variant(
     )
 
 
-def sum_variant(constants: dict[str, object]) -> Variant:
-    """Of the kernel that adds the parts of a split product."""
+def sum_variant(config: SkinnyConfig | SkinnyDxConfig) -> Variant:
+    """Of the kernel that adds the parts of a product with this configuration."""
     signature = {"parts_ptr": "*fp32", "out_ptr": "*fp16"} | dict.fromkeys(("M", "R", "columns_of_tiles"), "i32")
-    name = f"sum_parts fp16 {constants['PARTS']} of {constants['ROWS']} x {constants['COLUMNS']}"
-    return Variant(name, sum_parts_kernel, signature, constants, SUM_CONFIG)
+    name = f"sum_parts fp16 {config.parts} of {config.rows} x {config.columns}"
+    return Variant(name, sum_parts_kernel, signature, sum_constants(config), SUM_CONFIG)
 
 
 def _matmul_wgmma() -> Iterator[Variant]:

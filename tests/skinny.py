@@ -13,7 +13,6 @@ from torch import Tensor
 
 import qkernels
 from qkernels.format import code_table
-from qkernels.kernels.matmul_skinny_dx import dx_sum_constants
 from qkernels.known import scales_of
 from qkernels.reference import decode_absmax_reference
 from qkernels.variants import Variant, arrange_variant, sum_variant
@@ -119,7 +118,7 @@ def run_dx(
     compiled(variant)((tiles, config.parts, 1), arguments)
     if config.parts > 1:
         sizes = {"M": M, "R": K, "columns_of_tiles": tiles_of_columns}
-        adding = compiled(sum_variant(dx_sum_constants(config)))
+        adding = compiled(sum_variant(config))
         adding((tiles, config.columns, 1), {"parts_ptr": result, "out_ptr": dx, **sizes})
     return dx
 

@@ -9,7 +9,6 @@ from exact import assert_bits_equal
 from ptx_cpu import CpuKernel
 
 import qkernels
-from qkernels.kernels.matmul_skinny import skinny_sum_constants
 from qkernels.tuning.skinny import SkinnyConfig, programs
 from qkernels.tuning.skinny_dx import skinny_dx_candidates
 from qkernels.variants import skinny_dx_variant, skinny_variant, sum_variant
@@ -83,7 +82,7 @@ def test_forward_in_parts_of_k(M, K, shape, has_bias):
     sums = torch.full((columns * rows * parts * config.rows * config.columns,), torch.nan)
     arguments = {"x_ptr": x, "packed_ptr": packed, "out_ptr": sums, "M": M, "N": N} | skinny.scale_arguments(state)
     CpuKernel(variant, "sm_90")((columns, rows, parts), arguments | ({"bias_ptr": bias} if has_bias else {}))
-    adding = CpuKernel(sum_variant(skinny_sum_constants(config)), "sm_90")
+    adding = CpuKernel(sum_variant(config), "sm_90")
     sizes = {"M": M, "R": N, "columns_of_tiles": columns}
     adding((columns * rows, config.columns, 1), {"parts_ptr": sums, "out_ptr": y, **sizes})
     skinny.assert_accurate(y, x, packed, state, bias if has_bias else None)

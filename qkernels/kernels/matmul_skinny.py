@@ -31,11 +31,10 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..format import NESTED_BLOCKSIZE
-from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ..tuning.skinny import MAP_BYTES as _MAP_SIZE
 from ..tuning.skinny import TABLE_BYTES as _TABLE_SIZE
-from ..tuning.skinny import SkinnyConfig, chunks, phases, programs
-from ._arrange import ARRANGE_CONFIG, FRONT, arrange_kernel
+from ..tuning.skinny import SkinnyConfig, phases, programs
+from ._arrange import arranged
 from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, store_shared, wait_for_all, warp_number
 from ._launch import Launch, early_and_late
@@ -59,7 +58,7 @@ from ._skinny_inputs import (
     store_scales,
 )
 from ._skinny_sums import add_and_store
-from ._sum_parts import SUM_CONFIG, sum_parts_kernel
+from ._sum_parts import PartsSum, parts_sum
 
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
 MAP_BYTES = gl.constexpr(_MAP_SIZE)
@@ -295,8 +294,6 @@ def _matmul_skinny_kernel(
 
 
 _LAUNCHERS = early_and_late(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
-_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
-_ARRANGE_LAUNCHERS = early_and_late(arrange_kernel)
 
 
 def skinny_constants(config: SkinnyConfig, dtype: torch.dtype) -> dict[str, object]:
@@ -354,75 +351,21 @@ def skinny_launch(
     grid = -(-M // config.columns), programs(N, K, blocksize, config.rows), config.parts
     launch = Launch(_LAUNCHERS[config.early], grid, (M, N), constants, config)
     if config.arranged:
-        return _arranged(M, K, blocksize, config, launch)
-    return launch if config.parts == 1 else LaunchInParts(launch, (M, N), grid, config)
+        return arranged(M, K, blocksize, config, launch)
+    return launch if config.parts == 1 else _in_parts(launch, parts_sum(M, N, dtype, config))
 
 
-def skinny_sum_constants(config: SkinnyConfig) -> dict[str, object]:
-    """The compile-time arguments of the kernel that adds the parts, in its order."""
-    return {
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PARTS": config.parts,
-        "PIECE": 1,
-        "EARLY": config.early,
-    }
+def _in_parts(product: Launch, sum_of: PartsSum) -> Callable[..., None]:
+    """The product's launch of which each program has a part of K, and the one that adds these."""
 
-
-class LaunchInParts:
-    """A launch for products of which each program has a part of K, and the launch that adds these."""
-
-    def __init__(
-        self, launch: Launch, sizes: tuple[int, int], grid: tuple[int, int, int], config: SkinnyConfig
-    ) -> None:
-        columns_of_tiles, rows_of_tiles, parts = grid
-        tiles = columns_of_tiles * rows_of_tiles
-        self._launch = launch
-        self._size = tiles * parts * config.rows * config.columns
-        self._sum = Launch(
-            _SUM_LAUNCHERS[config.early],
-            (tiles, config.columns, 1),
-            (*sizes, columns_of_tiles),
-            tuple(skinny_sum_constants(config).values()),
-            SUM_CONFIG,
-        )
-
-    def __call__(self, *pointers: torch.Tensor | None) -> None:
+    def launch(*pointers: torch.Tensor | None) -> None:
         out = pointers[-1]
         assert out is not None
-        parts = torch.empty(self._size, dtype=torch.float32, device=out.device)
-        self._launch(*pointers[:-1], parts)
-        self._sum(parts, out)
-
-
-def _arranged(M: int, K: int, blocksize: int, config: SkinnyConfig, product: Launch) -> Callable[..., None]:
-    """The launch that arranges x, and then the product's."""
-    constants = arrange_constants(K, blocksize, config)
-    blocks = -(-M // config.columns) * (config.columns // 8)  # of eight rows of x
-    groups, copies, size = constants["GROUPS"], constants["COPIES"], constants["BLOCK"]
-    grid = -(-groups * 64 // size), blocks, copies
-    arrange = Launch(_ARRANGE_LAUNCHERS[config.early], grid, (M,), tuple(constants.values()), ARRANGE_CONFIG)
-
-    def launch(x: torch.Tensor, *others: torch.Tensor | None) -> None:
-        arranged = torch.empty(copies * blocks * groups * 64, dtype=x.dtype, device=x.device)
-        arrange(x, arranged)
-        product(arranged, *others)
+        parts = sum_of.empty(out.device)
+        product(*pointers[:-1], parts)
+        sum_of.add(parts, out)
 
     return launch
-
-
-def arrange_constants(K: int, blocksize: int, config: SkinnyConfig) -> dict[str, int]:
-    """The compile-time arguments of the kernel that arranges x, in its order."""
-    groups = chunks(K) * (_CHUNK_SIZE // 8) + FRONT
-    copies = 8 // min(K & -K, 8)
-    return {
-        "K": K,
-        "GROUPS": groups,
-        "COPIES": copies,
-        "QUARTERS": blocksize < 64,
-        "BLOCK": ARRANGE_CONFIG.rows,
-        "EARLY": config.early,
-    }
 
 
 def matmul_skinny_triton(

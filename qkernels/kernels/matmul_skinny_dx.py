@@ -38,7 +38,7 @@ from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, wait_for_all, warp_number
 from ._launch import early_and_late
 from ._skinny_chunk import zeros
-from ._sum_parts import SUM_CONFIG, sum_parts_kernel
+from ._sum_parts import parts_sum
 
 STEP = gl.constexpr(_STEP_SIZE)
 TABLE_BYTES = gl.constexpr(_TABLE_SIZE)
@@ -181,8 +181,6 @@ def _matmul_skinny_dx_kernel(
 
 
 _LAUNCHERS = early_and_late(_matmul_skinny_dx_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
-_SUM_LAUNCHERS = early_and_late(sum_parts_kernel)
-_SUM_COLUMNS = 1
 
 
 @lru_cache
@@ -202,17 +200,6 @@ def skinny_dx_constants(config: SkinnyDxConfig, dtype: torch.dtype) -> dict[str,
         "SPLIT": config.parts > 1,
         "EARLY": config.early,
         "SHARED_BYTES": config.shared_bytes,
-    }
-
-
-def dx_sum_constants(config: SkinnyDxConfig) -> dict[str, object]:
-    """The compile-time arguments of the kernel that adds the parts, in its order."""
-    return {
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "PARTS": config.parts,
-        "PIECE": _SUM_COLUMNS,
-        "EARLY": config.early,
     }
 
 
@@ -240,12 +227,9 @@ def matmul_skinny_dx_triton(
             float32 scalar tensor.
     """
     (M, N), K = dy.shape, out.shape[1]
-    tiles_of_columns = -(-M // config.columns)
-    tiles = tiles_of_columns * -(-K // config.rows)
-    result = out
-    if config.parts > 1:
-        size = tiles * config.parts * config.rows * config.columns
-        result = torch.empty(size, dtype=torch.float32, device=dy.device)
+    tiles = -(-M // config.columns) * -(-K // config.rows)
+    sum_of = parts_sum(M, K, out.dtype, config) if config.parts > 1 else None
+    result = out if sum_of is None else sum_of.empty(dy.device)
     constants = (
         K,
         float_codes(quant_type),
@@ -257,11 +241,5 @@ def matmul_skinny_dx_triton(
     )
     pointers = (dy, packed, absmax, absmax_8bit, absmax_code, absmax_offset, result)
     _LAUNCHERS[config.early]((tiles, config.parts, 1), pointers, (M, N, config.part_steps(N)), constants, config)
-    if config.parts > 1:
-        _SUM_LAUNCHERS[config.early](
-            (tiles, config.columns // _SUM_COLUMNS, 1),
-            (result, out),
-            (M, K, tiles_of_columns),
-            tuple(dx_sum_constants(config).values()),
-            SUM_CONFIG,
-        )
+    if sum_of is not None:
+        sum_of.add(result, out)
