@@ -1,4 +1,4 @@
-"""The fused product of one chunk of 128 k: look up, multiply, scale.
+"""The fused product of one chunk of 128 k: look up, multiply, scale; and x of the next chunk in its place.
 
 The kernel and the reasons are in `matmul_skinny.py`.
 """
@@ -9,6 +9,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ._lanes import from_neighbour, load_shared, look_up, mma
+from ._skinny_inputs import load_x, load_x_paired
 
 
 @gluon.jit
@@ -29,7 +30,7 @@ def _add_scaled(acc, ACC: gl.constexpr, part, scale, scale_8):
 
 
 @gluon.jit
-def paired_chunk(acc, w, x, scales, lane, BLOCK: gl.constexpr, TILES: gl.constexpr, KIND: gl.constexpr):
+def _paired_chunk(acc, w, x, scales, lane, BLOCK: gl.constexpr, TILES: gl.constexpr, KIND: gl.constexpr):
     """Add a chunk's product for M <= 4: lanes 0 and 1 of a quad have the sums of the first block of 64, lanes 2 and 3
     those of the second.  With blocks of 32, M <= 2, each has those of its own."""
     SCALES: gl.constexpr = 128 // BLOCK
@@ -82,7 +83,7 @@ def _transposed(w, lane, TILES: gl.constexpr):
 
 
 @gluon.jit
-def shared_out(w, lane, BLOCK: gl.constexpr, TILES: gl.constexpr):
+def _shared_out(w, lane, BLOCK: gl.constexpr, TILES: gl.constexpr):
     """The words of a chunk so that those at one place are of one block in all lanes of a quad."""
     if BLOCK == 64:
         w = _swapped(w, lane, TILES)
@@ -92,7 +93,7 @@ def shared_out(w, lane, BLOCK: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def half_chunk(
+def _half_chunk(
     acc,
     w,
     x,
@@ -125,3 +126,59 @@ def half_chunk(
                 first = _add_scaled(acc, 4 * (GROUPS * tile + j), part, scale, scale_8)
                 sums = sums + _add_scaled(first, 0, mma(a_1, x, 8 * j + 4, zeros(lane), KIND), scale_1, scale_9)
     return sums
+
+
+@gluon.jit
+def add_chunk(
+    w,
+    x,
+    x_1,
+    acc,
+    scales,
+    lane,
+    first,
+    this_k_warp,
+    end,
+    x_place,
+    following,
+    inside,
+    M,
+    K: gl.constexpr,
+    BLOCK: gl.constexpr,
+    PAIRED: gl.constexpr,
+    ONE_BRANCH: gl.constexpr,
+    ARRANGED: gl.constexpr,
+    PHASES: gl.constexpr,
+    TILES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    KIND: gl.constexpr,
+):
+    """Add a chunk's product, in a warp whose chunk, `first` and as many more as its number along K, is below `end`; and
+    load x of the chunk `following` where it is `inside`.
+
+    Returns:
+        The sums, [tile][eight columns][4], and the halves of x that are there now, as `load_x` gives them (PAIRED:
+        the whole, and nothing).
+    """
+    GROUPS: gl.constexpr = COLUMNS // 8
+    if PAIRED:
+        then = load_x_paired(x_place, following, lane % 4, inside, K, PHASES)
+        if first + this_k_warp < end:
+            acc = _paired_chunk(acc, w, x, scales, lane, BLOCK, TILES, KIND)
+        x = then
+    elif ONE_BRANCH:
+        if first + this_k_warp < end:
+            w = _shared_out(w, lane, BLOCK, TILES)
+            acc = _half_chunk(acc, w, x, scales, lane, 0, BLOCK, TILES, GROUPS, KIND)
+            x = load_x(x_place, following, inside, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+            acc = _half_chunk(acc, w, x_1, scales, lane, 1, BLOCK, TILES, GROUPS, KIND)
+            x_1 = load_x(x_place, following, inside, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+    else:  # ptxas moves the loads of the next chunk's weights between the two
+        if first + this_k_warp < end:
+            w = _shared_out(w, lane, BLOCK, TILES)
+            acc = _half_chunk(acc, w, x, scales, lane, 0, BLOCK, TILES, GROUPS, KIND)
+        x = load_x(x_place, following, inside, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        if first + this_k_warp < end:
+            acc = _half_chunk(acc, w, x_1, scales, lane, 1, BLOCK, TILES, GROUPS, KIND)
+        x_1 = load_x(x_place, following, inside, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+    return acc, x, x_1

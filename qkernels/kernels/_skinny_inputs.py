@@ -1,4 +1,4 @@
-"""What a program of the fused product reads: its weights and x into registers, table and scales into shared memory.
+"""What a program of the fused product reads: which rows of W and of x, both into registers; the table's entries.
 
 The kernel and the reasons for these layouts are in `matmul_skinny.py`.
 """
@@ -13,13 +13,47 @@ from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ..tuning.skinny import chunks
 from ._arrange import FRONT as _FRONT
 from ._early import fetch
-from ._lanes import from_lane, load_if, load_once, load_shared, load_vector, store_shared, store_shared_pair
-from ._ragged_rows import fetch_ragged, load_eight, load_ragged, window_of
+from ._lanes import from_lane, load_if, load_once, load_vector, store_shared
+from ._ragged_rows import fetch_ragged, load_eight, load_ragged, phase_of, row_addresses
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
 FRONT = gl.constexpr(_FRONT)
 chunks_of = triton.constexpr_function(chunks)
-SCALE_BATCH = gl.constexpr(4)  # pairs of scales that a lane loads at once
+
+
+@gluon.jit
+def rows_of(
+    packed_ptr,
+    g,
+    t,
+    row_warp,
+    begin,
+    N,
+    K: gl.constexpr,
+    PHASES: gl.constexpr,
+    TILES: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """The rows of W that a program has.
+
+    Returns:
+        (for all lanes the first row, and where rows begin anywhere its phase and the rows of that, else the first chunk
+        `begin`; this lane's first row; where its bytes begin; the weights before a row in its first window).
+    """
+    if PHASES > 0:
+        phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, K, PHASES)
+        first_row = number * ROWS
+        row = first_row + row_warp * (16 * TILES) + g
+        rows = (first_row, phase, phase_rows)
+        address = row_addresses(packed_ptr, row, t, phase, phase_rows, K, PHASES, TILES)
+    else:
+        # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
+        first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
+        row = first_row + row_warp * (16 * TILES) + g
+        rows = (first_row, begin)
+        address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
+        shift = 0
+    return rows, row, address, shift
 
 
 @gluon.jit
@@ -82,8 +116,42 @@ def _load_eight(address, k, inside, K: gl.constexpr, PHASES: gl.constexpr):
 
 
 @gluon.jit
-def load_x_paired(address, first_k, chunk, t, inside, K: gl.constexpr, PHASES: gl.constexpr):
+def place_in_x(
+    x_ptr,
+    g,
+    t,
+    shift,
+    M,
+    K: gl.constexpr,
+    BLOCK: gl.constexpr,
+    PAIRED: gl.constexpr,
+    ARRANGED: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """What a lane reads of x: ((address of its first k of a chunk, that k in the row, its column), where it reads any,
+    int32)."""
+    if PAIRED:
+        SCALES: gl.constexpr = CHUNK // BLOCK
+        column = g % (8 // SCALES)
+        inside = ((column < M) & (g // (8 // SCALES) == t // (4 // SCALES))).to(gl.int32)
+        x_row = column * K
+        lane_k = t * 32
+    else:
+        column = g
+        inside = g * 0 + 1
+        x_row = column * K
+        lane_k = t % 2 * 32 + t // 2 * 8 if BLOCK == 64 else t * 8
+    if ARRANGED:
+        address = _arranged_address(x_ptr, lane_k, g, shift, K, BLOCK, COLUMNS)
+    else:
+        address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
+    return (address, lane_k - shift, column), inside
+
+
+@gluon.jit
+def load_x_paired(place, chunk, t, inside, K: gl.constexpr, PHASES: gl.constexpr):
     """x of one chunk for M <= 4, in the fragments' order of k: 16 registers."""
+    address, first_k, _ = place
     if PHASES == 0 and K % CHUNK:
         inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
     k = first_k + chunk * CHUNK
@@ -95,10 +163,8 @@ def load_x_paired(address, first_k, chunk, t, inside, K: gl.constexpr, PHASES: g
 
 @gluon.jit
 def load_x(
-    address,
-    first_k,
+    place,
     chunk,
-    column,
     inside,
     M,
     HALF: gl.constexpr,
@@ -109,6 +175,7 @@ def load_x(
     COLUMNS: gl.constexpr,
 ):
     """x of the first or second half of a chunk, in the fragments' order of k: 8 registers for each 8 columns."""
+    address, first_k, column = place
     if HALF == 1 and PHASES == 0 and K % CHUNK:
         inside = inside & (chunk < K // CHUNK).to(gl.int32)
     SECOND: gl.constexpr = 16 if BLOCK == 64 else 32
@@ -133,14 +200,14 @@ def _groups_of(K: gl.constexpr):
 
 
 @gluon.jit
-def place_of(group, column, BLOCK: gl.constexpr):
+def _place_of(group, column, BLOCK: gl.constexpr):
     """As `_arrange.place_of`, for Gluon."""
     turn = group // 4 % 2 * 2 + group % 2 if BLOCK == 64 else group % 4
     return column ^ (2 * turn)
 
 
 @gluon.jit
-def arranged_address(x_ptr, lane_k, g, shift, K: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
+def _arranged_address(x_ptr, lane_k, g, shift, K: gl.constexpr, BLOCK: gl.constexpr, COLUMNS: gl.constexpr):
     """Where this lane's first eight k of a chunk lie in x as `_arrange.py` leaves it, [copy][8 columns][group][column];
     and how many bytes further on its second eight."""
     SECOND: gl.constexpr = 2 if BLOCK == 64 else 4
@@ -148,8 +215,8 @@ def arranged_address(x_ptr, lane_k, g, shift, K: gl.constexpr, BLOCK: gl.constex
     blocks = gl.num_programs(0) * (COLUMNS // 8)
     block = shift % 8 // STEP * blocks + gl.program_id(0) * (COLUMNS // 8)
     group = lane_k // 8 + FRONT - shift // 8
-    place = place_of(group, g, BLOCK) * 16
-    further = 128 * SECOND + place_of(group + SECOND, g, BLOCK) * 16 - place
+    place = _place_of(group, g, BLOCK) * 16
+    further = 128 * SECOND + _place_of(group + SECOND, g, BLOCK) * 16 - place
     return x_ptr.to(gl.int64) + block.to(gl.int64) * (_groups_of(K) * 128) + group * 128 + place, further
 
 
@@ -163,135 +230,3 @@ def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr)
         byte = warp * (256 // num_warps) + i
         pair = from_lane(code, byte // 16) | (from_lane(code, byte % 16) << 16)
         store_shared(shared + byte * 128 + lane * 4, pair)
-
-
-@gluon.jit
-def load_map(absmax_code_ptr, thread, THREADS: gl.constexpr):
-    """The 8-bit map of nested scales, so many entries a thread; threads past its end take its beginning again."""
-    entries = ()
-    for first in gl.static_range(0, 256, THREADS):
-        entries = entries + (gl.load(absmax_code_ptr + (first + thread) % 256),)
-    return entries
-
-
-@gluon.jit
-def store_map(map_address, entries, thread, THREADS: gl.constexpr):
-    for i in gl.static_range((256 + THREADS - 1) // THREADS):
-        store_shared(map_address + (i * THREADS + thread) % 256 * 4, entries[i].to(gl.int32, bitcast=True))
-
-
-@gluon.jit
-def _scale_place(BATCH: gl.constexpr, i: gl.constexpr, warp, lane, PAIRS: gl.constexpr, num_warps: gl.constexpr):
-    """Row of the program and pair of its scales that a lane has in a turn: lanes over pairs, warps over rows."""
-    SPANS: gl.constexpr = (PAIRS + 31) // 32
-    return (BATCH * SCALE_BATCH + i) // SPANS * num_warps + warp, (BATCH * SCALE_BATCH + i) % SPANS * 32 + lane
-
-
-@gluon.jit
-def load_scales(
-    absmax_ptr,
-    absmax_8bit_ptr,
-    rows,
-    warp,
-    lane,
-    BATCH: gl.constexpr,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
-    PHASES: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Two scales for each 128 k, four in blocks of 32: of two (first, second), nested (first's and second's index, and
-    their scales).  `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that;
-    else the first of its CHUNKS chunks."""
-    BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
-    PER_BLOCK: gl.constexpr = QUANT_BLOCK // BLOCK
-    loaded = ()
-    for i in gl.static_range(SCALE_BATCH):
-        row, pair = _scale_place(BATCH, i, warp, lane, CHUNKS * (64 // BLOCK), num_warps)
-        here = (pair < CHUNKS * (64 // BLOCK)) & (row < ROWS)
-        if PHASES > 0:
-            window = window_of(gl.minimum(rows[0] + row, rows[2] - 1), rows[1], K, PHASES)
-            half = window * (64 // BLOCK) + pair * 2
-            shift = rows[1] * (K % 64) % 64
-            begin = shift // BLOCK  # a block of 32 before it is all of the row before
-            halves = (shift + (K - 1)) // BLOCK + 1
-        else:
-            pair += rows[1]
-            half = (rows[0] + row) * (K // 64) + pair * 2  # counted in 64 weights
-            begin = 0
-            halves = K // 64
-        inside = (pair * 2 < halves) & here
-        if BLOCK == 32:
-            inside = inside & (pair * 2 >= begin)
-        inside_2 = (pair * 2 + 1 < halves) & here
-        if NESTED:
-            loaded = loaded + (
-                gl.load(absmax_8bit_ptr + half // PER_BLOCK, mask=inside, other=0),
-                gl.load(absmax_8bit_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0),
-                gl.load(absmax_ptr + half // (PER_BLOCK * NESTED_BLOCK), mask=inside, other=0.0),
-            )
-            if K % CHUNK or PHASES > 0:
-                second = gl.load(absmax_ptr + (half + 1) // (PER_BLOCK * NESTED_BLOCK), mask=inside_2, other=0.0)
-                loaded = loaded + (second,)
-            else:  # an even first half: both are in the same block of scales
-                loaded = loaded + (loaded[4 * i + 2],)
-        else:
-            loaded = loaded + (
-                gl.load(absmax_ptr + half // PER_BLOCK, mask=inside, other=0.0),
-                gl.load(absmax_ptr + (half + 1) // PER_BLOCK, mask=inside_2, other=0.0),
-            )
-    return loaded
-
-
-@gluon.jit
-def fetch_scales(
-    absmax_8bit_ptr,
-    first_row,
-    thread,
-    K: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
-    THREADS: gl.constexpr,
-):
-    """Bring the program's 8-bit scales into the L2 cache, sector by sector of 32 bytes."""
-    BLOCKS: gl.constexpr = K // QUANT_BLOCK
-    if K % QUANT_BLOCK == 0:
-        for first in gl.static_range(0, ROWS * BLOCKS, 32 * THREADS):
-            block = gl.minimum(first + 32 * thread, ROWS * BLOCKS - 1)
-            fetch((absmax_8bit_ptr + first_row * BLOCKS + block).to(gl.int64))
-
-
-@gluon.jit
-def store_scales(
-    shared,
-    loaded,
-    map_address,
-    offset,
-    warp,
-    lane,
-    BATCH: gl.constexpr,
-    NESTED: gl.constexpr,
-    BLOCK: gl.constexpr,
-    ROWS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Decode what `load_scales` loaded and lay it out as [chunk][row][CHUNK / BLOCK], float32."""
-    PAIRS: gl.constexpr = 64 // BLOCK  # of a chunk
-    for i in gl.static_range(SCALE_BATCH):
-        if NESTED:
-            scale = load_shared(map_address + loaded[4 * i].to(gl.int32) * 4) * loaded[4 * i + 2] + offset
-            scale_2 = load_shared(map_address + loaded[4 * i + 1].to(gl.int32) * 4) * loaded[4 * i + 3] + offset
-        else:
-            scale = loaded[2 * i]
-            scale_2 = loaded[2 * i + 1]
-        row, pair = _scale_place(BATCH, i, warp, lane, CHUNKS * PAIRS, num_warps)
-        # What is outside goes behind the last chunk.  A row more a chunk keeps the lanes' banks apart.
-        inside = (pair < CHUNKS * PAIRS) & (row < ROWS)
-        place = pair // PAIRS * ((ROWS + 1) * 8 * PAIRS) + row * (8 * PAIRS) + pair % PAIRS * 8
-        place = gl.where(inside, place, CHUNKS * (ROWS + 1) * 8 * PAIRS)
-        store_shared_pair(shared + place, scale, scale_2)

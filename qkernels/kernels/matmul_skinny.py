@@ -39,24 +39,20 @@ from ._early import let_next_begin, wait_for_previous
 from ._lanes import shared_address, store_shared, wait_for_all, warp_number
 from ._launch import Launch, early_and_late
 from ._pairs import ALPHA, pair_codes
-from ._ragged_rows import load_last, phase_of, row_addresses
-from ._skinny_chunk import half_chunk, paired_chunk, shared_out, zeros
+from ._ragged_rows import load_last
+from ._skinny_chunk import add_chunk, zeros
 from ._skinny_inputs import (
     CHUNK,
-    SCALE_BATCH,
-    arranged_address,
     chunks_of,
-    fetch_scales,
     fetch_weights,
     fill_table,
-    load_map,
-    load_scales,
     load_weights,
     load_x,
     load_x_paired,
-    store_map,
-    store_scales,
+    place_in_x,
+    rows_of,
 )
+from ._skinny_scales import fetch_scales, load_batch, load_map, store_map, store_scales
 from ._skinny_sums import add_and_store
 from ._sum_parts import PartsSum, parts_sum
 
@@ -105,8 +101,6 @@ def _matmul_skinny_kernel(
     SCALES: gl.constexpr = CHUNK // BLOCK  # of a row and chunk
     CHUNKS: gl.constexpr = chunks_of(K)
     PART: gl.constexpr = (CHUNKS + PARTS - 1) // PARTS  # chunks of a program
-    SCALE_TURNS: gl.constexpr = (ROWS + num_warps - 1) // num_warps * ((PART * SCALES // 2 + 31) // 32)
-    SCALE_BATCHES: gl.constexpr = (SCALE_TURNS + SCALE_BATCH - 1) // SCALE_BATCH
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     memory = gl.allocate_shared_memory(
         gl.float32, [SHARED_BYTES // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -134,47 +128,21 @@ def _matmul_skinny_kernel(
     else:
         out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
     M -= gl.program_id(0) * COLUMNS
-    if PHASES > 0:
-        phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, K, PHASES)
-        first_row = number * ROWS
-        row = first_row + row_warp * (16 * TILES) + g
-        rows = (first_row, phase, phase_rows)
-        w_address = row_addresses(packed_ptr, row, t, phase, phase_rows, K, PHASES, TILES)
-    else:
-        # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
-        first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
-        row = first_row + row_warp * (16 * TILES) + g
-        rows = (first_row, begin)
-        w_address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
-        shift = 0
-    if PAIRED:
-        column = g % (8 // SCALES)
-        inside = ((column < M) & (g // (8 // SCALES) == t // (4 // SCALES))).to(gl.int32)
-        x_row = column * K
-        lane_k = t * 32
-    else:
-        column = g
-        inside = lane * 0 + 1
-        x_row = column * K
-        lane_k = t % 2 * 32 + t // 2 * 8 if BLOCK == 64 else t * 8
-    if ARRANGED:
-        x_address = arranged_address(x_ptr, lane_k, g, shift, K, BLOCK, COLUMNS)
-    else:
-        x_address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
-    first_k = lane_k - shift
+    rows, row, w_address, shift = rows_of(packed_ptr, g, t, row_warp, begin, N, K, PHASES, TILES, ROWS)
+    x_place, inside = place_in_x(x_ptr, g, t, shift, M, K, BLOCK, PAIRED, ARRANGED, COLUMNS)
 
     if EARLY:
         fill_table(shared, warp, lane, CODES, num_warps)
         first_chunk = gl.minimum(begin + k_warp, end - 1)
         fetch_weights(w_address, first_chunk, t, shift, K, PHASES, TILES)
         if NESTED and PHASES == 0 and PARTS == 1:
-            fetch_scales(absmax_8bit_ptr, first_row, thread, K, QUANT_BLOCK, ROWS, THREADS)
+            fetch_scales(absmax_8bit_ptr, rows[0], thread, K, QUANT_BLOCK, ROWS, THREADS)
         wait_for_previous(thread)
         let_next_begin(thread)
     last = ()
     if TAIL:
-        last = load_last(packed_ptr, row, phase, phase_rows, N, K, PHASES)
-    scale_pairs = load_scales(
+        last = load_last(packed_ptr, row, rows[1], rows[2], N, K, PHASES)
+    first_scales = load_batch(
         absmax_ptr,
         absmax_8bit_ptr,
         rows,
@@ -194,10 +162,11 @@ def _matmul_skinny_kernel(
     inside_now = inside * (begin + k_warp < end).to(gl.int32)
     w = load_weights(w_address, chunk, t, shift, last, K, PHASES, TAIL, TILES)
     if PAIRED:
-        x = load_x_paired(x_address, first_k, chunk, t, inside_now, K, PHASES)
+        x = load_x_paired(x_place, chunk, t, inside_now, K, PHASES)
+        x_1 = ()
     else:
-        x = load_x(x_address, first_k, chunk, column, inside_now, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
-        x_1 = load_x(x_address, first_k, chunk, column, inside_now, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x = load_x(x_place, chunk, inside_now, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x_1 = load_x(x_place, chunk, inside_now, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
     offset = 0.0
     map_entries = ()
     if NESTED:  # before the scales are there: what is looked up for them should not be waited for after them
@@ -209,25 +178,25 @@ def _matmul_skinny_kernel(
     if NESTED:
         store_map(map_address, map_entries, thread, THREADS)
         wait_for_all(thread)
-    store_scales(scales, scale_pairs, map_address, offset, warp, lane, 0, NESTED, BLOCK, ROWS, PART, num_warps)
-    for batch in gl.static_range(1, SCALE_BATCHES):
-        scale_pairs = load_scales(
-            absmax_ptr,
-            absmax_8bit_ptr,
-            rows,
-            warp,
-            lane,
-            batch,
-            K,
-            NESTED,
-            NESTED_BLOCK,
-            QUANT_BLOCK,
-            ROWS,
-            PHASES,
-            PART,
-            num_warps,
-        )
-        store_scales(scales, scale_pairs, map_address, offset, warp, lane, batch, NESTED, BLOCK, ROWS, PART, num_warps)
+    store_scales(
+        scales,
+        first_scales,
+        map_address,
+        offset,
+        absmax_ptr,
+        absmax_8bit_ptr,
+        rows,
+        warp,
+        lane,
+        K,
+        NESTED,
+        NESTED_BLOCK,
+        QUANT_BLOCK,
+        ROWS,
+        PHASES,
+        PART,
+        num_warps,
+    )
     wait_for_all(thread)
 
     acc = zeros(lane)
@@ -242,30 +211,30 @@ def _matmul_skinny_kernel(
         here = scales + (gl.minimum(chunk, end - 1) - begin) * ((ROWS + 1) * 4 * SCALES)
         here += (row_warp * (16 * TILES) + g) * (4 * SCALES)
         w_then = load_weights(w_address, following, t, shift, last, K, PHASES, TAIL, TILES)
-        if PAIRED:
-            x_then = load_x_paired(x_address, first_k, following, t, inside_then, K, PHASES)
-            if begin + step * K_WARPS + this_k_warp < end:
-                acc = paired_chunk(acc, w, x, here, lane, BLOCK, TILES, KIND)
-            x = x_then
-        elif ONE_BRANCH:
-            if begin + step * K_WARPS + this_k_warp < end:
-                w = shared_out(w, lane, BLOCK, TILES)
-                acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
-                x = load_x(
-                    x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS
-                )
-                acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
-                x_1 = load_x(
-                    x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS
-                )
-        else:  # ptxas moves the loads of w_then between the two
-            if begin + step * K_WARPS + this_k_warp < end:
-                w = shared_out(w, lane, BLOCK, TILES)
-                acc = half_chunk(acc, w, x, here, lane, 0, BLOCK, TILES, GROUPS, KIND)
-            x = load_x(x_address, first_k, following, column, inside_then, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
-            if begin + step * K_WARPS + this_k_warp < end:
-                acc = half_chunk(acc, w, x_1, here, lane, 1, BLOCK, TILES, GROUPS, KIND)
-            x_1 = load_x(x_address, first_k, following, column, inside_then, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        acc, x, x_1 = add_chunk(
+            w,
+            x,
+            x_1,
+            acc,
+            here,
+            lane,
+            begin + step * K_WARPS,
+            this_k_warp,
+            end,
+            x_place,
+            following,
+            inside_then,
+            M,
+            K,
+            BLOCK,
+            PAIRED,
+            ONE_BRANCH,
+            ARRANGED,
+            PHASES,
+            TILES,
+            COLUMNS,
+            KIND,
+        )
         w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
     memory.index(0).store(acc[0])  # and the others by address: each of Gluon's stores would wait for all
