@@ -135,7 +135,10 @@ _MEASURED = {
     (4096, 11008, 32): (2, 2, 4, 4),
     (4096, 16384, 32): (2, 4, 8, 4),
     (1152, 4304, 8): (1, 1, 16),
+    (1280, 3420, 4): (1, 1, 16),
     (1280, 3420, 8): (1, 1, 16),
+    (1152, 4304, 16): (1, 1, 16),
+    (1280, 3420, 16): (1, 1, 16),
 }
 # Tiles and warps with which a step in one branch was faster, by columns, where rows are whole blocks; and by N, K and
 # columns where it was not.  Three tiles of 32 columns would spill.
@@ -238,6 +241,8 @@ def _ragged_config(M: int, N: int, K: int, blocksize: int, known: int) -> Skinny
         return None
     best = None
     for columns, tiles, row_warps, num_warps, least in _ragged_shapes(M, K):
+        if tiles == 2 and 8 < M <= 16 and K % 64 == 0 and K >= _LONG_K:
+            num_warps, least = _LONG_WARPS, _LONG_PROGRAMS
         config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
         config = config._replace(columns=columns, arranged=_arranged(M, K))
         count = programs(N, K, blocksize, config.rows)
@@ -264,7 +269,7 @@ def skinny_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Skinn
     known = generation(sm)
     measured = _MEASURED.get((N, K, 1 << (M - 1).bit_length()))
     if measured is not None and known == MEASURED_ON and blocksize >= 64:
-        return _config(M, N, K, blocksize, known, *measured)
+        return _config(M, N, K, blocksize, known, *measured)._replace(arranged=_arranged(M, K))
     if phases(K, blocksize):
         return _ragged_config(M, N, K, blocksize, known)
     best = None

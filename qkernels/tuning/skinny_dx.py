@@ -96,6 +96,8 @@ _LIMIT = {75: 128, 80: 128, 86: 128, 90: 64, 100: 128, 120: 128}
 # Hopper's other product does not take ragged rows, so cuBLAS is next: slower where K is no multiple of 8, or where a
 # weight so large is decoded first.
 _RAGGED_LIMIT, _FAST_K, _LARGE = 128, 8, 32 << 20
+# Ragged weights so small, and rows of dy so few, that adding the parts is a good deal of the time.
+_SMALL, _SMALL_COLUMNS = 8 << 20, 16
 FEWEST_ROWS = 8  # of W: what a lane takes
 # Where rows of dy do not begin on 16 bytes: loaded one by one, more of them would leave no registers.
 _ALIGNED_N, _UNALIGNED_COLUMNS = 8, 16
@@ -210,6 +212,13 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Sk
         # Warps beside each other take two narrow turns for one, so fewer steps may be left over; more warps may need no
         # second launch.
         others = [(4, 2, shape[2]), (shape[0], shape[1], 8)]
+        small = N * K < _SMALL and columns <= _SMALL_COLUMNS
+        if small:
+            others += [(4, 2, 8), (4, 1, 8)]
         found = [config, *(_splits(M, N, K, known, other, blocksize)[0] for other in others)]
-        return min(found, key=lambda one: (_expected_turns(one, M, N, K, known), one.parts > 1))
+
+        def order(one: SkinnyDxConfig) -> tuple[float, bool, int]:
+            return _expected_turns(one, M, N, K, known), one.parts > 1, one.parts if small else 0
+
+        return min(found, key=order)
     return config
