@@ -8,18 +8,22 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ._lanes import entry_asm, from_lane, load_if, store_shared_pair
+from ._lanes import code_of_lane, entry_asm, from_lane, load_if, store_shared_pair
 
 
-def _load_asm(words: int) -> str:
-    """So many words at $words where $(words + 1) is not zero; else they are as they were, and no one reads them."""
+@gluon.constexpr_function
+def _load_asm(words, LEAST, CACHE):
+    """So many words at $words, by $(words + 1) as `load_words` says."""
     registers = ", ".join(f"${word}" for word in range(words))
     kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
     to = registers if words == 1 else f"{{{registers}}}"
-    return (
-        f"{{ .reg .pred inside; setp.ne.b32 inside, ${words + 1}, 0;"
-        f" @inside ld.global.L1::no_allocate.{kind} {to}, [${words}]; }}"
-    )
+    test = f"ge.s32 inside, ${words + 1}, {LEAST}" if LEAST else f"ne.b32 inside, ${words + 1}, 0"
+    return f"{{ .reg .pred inside; setp.{test}; @inside ld.global.L1::{CACHE}.{kind} {to}, [${words}]; }}"
+
+
+@gluon.constexpr_function
+def _load_registers(words):
+    return "=r," * words + "l,r"
 
 
 @gluon.constexpr_function
@@ -40,7 +44,18 @@ def weights_asm(word: str, byte: int, out: str, scales: tuple[str, str], lane_of
     ]
 
 
-def _decode_asm(kind: str) -> str:
+@gluon.constexpr_function
+def eight_weights_asm(even: str, odd: str, scales: tuple[str, str], lane_offset: str, kind: str) -> list[str]:
+    """Four bytes of pairs of even k and four of odd k to the fragment registers $0 to $7, as of `decode_pair`."""
+    lines = []
+    for number in range(4):
+        for half, word in enumerate((even, odd)):
+            lines += weights_asm(word, number, f"${2 * number + half}", scales, lane_offset, kind)
+    return lines
+
+
+@gluon.constexpr_function
+def _decode_asm(kind):
     """Four bytes of rows n and n + 1 ($8, $9), their scales ($10, $11): eight fragment registers.
 
     Of each byte first the even k of both rows, then the odd k.  The nibbles of two rows are put together to one byte,
@@ -51,44 +66,33 @@ def _decode_asm(kind: str) -> str:
         "mov.u32 table, global_smem;",
         "shr.b32 even, $9, 4; lop3.b32 even, $8, even, 0xF0F0F0F0, 0xE4;",
         "shl.b32 odd, $8, 4; lop3.b32 odd, odd, $9, 0xF0F0F0F0, 0xE4;",
+        *eight_weights_asm("even", "odd", ("$10", "$11"), "$12", kind),
     ]
-    for number in range(4):
-        for half, word in enumerate(("even", "odd")):
-            lines += weights_asm(word, number, f"${2 * number + half}", ("$10", "$11"), "$12", kind)
     return "\n".join(lines) + "\n}"
 
 
-_LOAD_1 = gl.constexpr(_load_asm(1))
-_LOAD_2 = gl.constexpr(_load_asm(2))
-_LOAD_4 = gl.constexpr(_load_asm(4))
-_DECODE_F16 = gl.constexpr(_decode_asm("f16"))
-_DECODE_BF16 = gl.constexpr(_decode_asm("bf16"))
-_DECODE_SM75 = gl.constexpr(_decode_asm("sm_75"))
 _LOAD_SHARED_VECTOR = gl.constexpr("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];")
 
 
 @gluon.jit
-def load_row(address, inside, WORDS: gl.constexpr):
-    """4 WORDS bytes at an int64 address, which no one reads again: a tuple of int32."""
-    if WORDS == 4:
-        loaded = gl.inline_asm_elementwise(
-            _LOAD_4, "=r,=r,=r,=r,l,r", [address, inside], dtype=[gl.int32] * 4, is_pure=False, pack=1
-        )
-    elif WORDS == 2:
-        loaded = gl.inline_asm_elementwise(
-            _LOAD_2, "=r,=r,l,r", [address, inside], dtype=[gl.int32] * 2, is_pure=False, pack=1
-        )
-    else:
-        word = gl.inline_asm_elementwise(_LOAD_1, "=r,l,r", [address, inside], dtype=gl.int32, is_pure=False, pack=1)
-        loaded = (word,)
-    return loaded
+def load_words(address, inside, WORDS: gl.constexpr, LEAST: gl.constexpr, CACHE: gl.constexpr):
+    """4 WORDS bytes at an int64 address where `inside`, int32, is at least LEAST, or for LEAST 0 not zero: a tuple of
+    int32.  Elsewhere they are as they were, and no one reads them.  CACHE is what the first-level cache does."""
+    return gl.inline_asm_elementwise(
+        _load_asm(WORDS, LEAST, CACHE),
+        _load_registers(WORDS),
+        [address, inside],
+        dtype=[gl.int32] * WORDS,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
 def decode_pair(row, row_1, scale, scale_1, lane8, KIND: gl.constexpr):
     """Four bytes of two neighbouring rows: for each byte the pair of its even k and the pair of its odd k."""
     return gl.inline_asm_elementwise(
-        _DECODE_SM75 if KIND == "sm_75" else (_DECODE_BF16 if KIND == "bf16" else _DECODE_F16),
+        _decode_asm(KIND),
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,f,f,r",
         [row, row_1, scale, scale_1, lane8],
         dtype=[gl.int32] * 8,
@@ -116,9 +120,7 @@ def wait_for_warp(thread):
 @gluon.jit
 def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr):
     """The two codes of every byte, high nibble first, two entries at a time; `CODES` are the bits of float32."""
-    code = lane * 0
-    for index in gl.static_range(16):
-        code = gl.where(lane % 16 == index, CODES[index], code)
+    code = code_of_lane(lane, CODES)
     for i in gl.static_range(128 // num_warps):
         byte = (warp * (128 // num_warps) + i) * 2 + lane // 16
         first = from_lane(code, byte // 16).to(gl.float32, bitcast=True)

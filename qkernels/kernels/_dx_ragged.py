@@ -15,9 +15,9 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ..tuning.skinny_dx import is_ragged as _is_ragged
-from ._dx_lanes import load_shared_vector, wait_for_warp, weights_asm
+from ._dx_lanes import eight_weights_asm, load_shared_vector, wait_for_warp, weights_asm
 from ._dx_rows import load_ragged_rows, ragged_halves
-from ._dx_scales import SCALE_PITCH, leave_scales, load_bytes
+from ._dx_scales import SCALE_PITCH, leave_scales, load_one, load_together
 from ._lanes import load_shared, store_shared
 
 is_ragged = triton.constexpr_function(_is_ragged)
@@ -107,17 +107,11 @@ def _load_stored(
     TOGETHER: gl.constexpr = NESTED and COUNT <= 4 and K % (COUNT * QUANT_BLOCK) == 0
     if TOGETHER:
         at = gl.minimum(first, last - (COUNT - 1))
-        word = load_bytes((absmax_8bit_ptr + at).to(gl.int64), mask.to(gl.int32), COUNT)
-        scale = gl.load(absmax_ptr + at // NESTED_BLOCK, mask=mask, other=0.0)
-    for i in gl.static_range(COUNT):
-        at = gl.minimum(first + i, last)
-        if TOGETHER:
-            stored = stored + ((word >> (8 * i)) & 255, scale)
-        elif NESTED:
-            index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0).to(gl.int32)
-            stored = stored + (index, gl.load(absmax_ptr + at // NESTED_BLOCK, mask=mask, other=0.0))
-        else:
-            stored = stored + (gl.load(absmax_ptr + at, mask=mask, other=0.0),)
+        stored = load_together(absmax_ptr, absmax_8bit_ptr, at, mask, mask, COUNT, NESTED_BLOCK)
+    else:
+        for i in gl.static_range(COUNT):
+            at = gl.minimum(first + i, last)
+            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, NESTED, NESTED_BLOCK)
     return stored
 
 
@@ -191,15 +185,8 @@ def _decode_asm(kind, grain, first_k):
 def _decode_whole_asm(kind):
     """The same where each row has one scale ($10, $11); $12 is the lane's place."""
     lines = ["{ .reg .b32 address, table; .reg .f32 code, code_1;", "mov.u32 table, global_smem;"]
-    for number in range(4):
-        for half, word in enumerate(("$8", "$9")):
-            lines += weights_asm(word, number, f"${2 * number + half}", ("$10", "$11"), "$12", kind)
+    lines += eight_weights_asm("$8", "$9", ("$10", "$11"), "$12", kind)
     return "\n".join(lines) + "\n}"
-
-
-@gluon.constexpr_function
-def _kind_name(KIND):
-    return KIND if KIND in ("bf16", "sm_75") else "f16"
 
 
 @gluon.jit
@@ -225,7 +212,7 @@ def ragged_pairs(w, scales, lane8, K: gl.constexpr, QUANT_BLOCK: gl.constexpr, B
                 scale = _scale_at(scales, row, 8 * word, DIVIDED)
                 scale_1 = _scale_at(scales, row + 1, 8 * word, DIVIDED)
                 pairs = pairs + gl.inline_asm_elementwise(
-                    _decode_whole_asm(_kind_name(KIND)),
+                    _decode_whole_asm(KIND),
                     "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,f,f,r",
                     [even, odd, scale, scale_1, lane8],
                     dtype=[gl.int32] * 8,
@@ -234,7 +221,7 @@ def ragged_pairs(w, scales, lane8, K: gl.constexpr, QUANT_BLOCK: gl.constexpr, B
                 )
             else:
                 pairs = pairs + gl.inline_asm_elementwise(
-                    _decode_asm(_kind_name(KIND), GRAIN, 8 * word),
+                    _decode_asm(KIND, GRAIN, 8 * word),
                     "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,f,f,r,f,f,r,r",
                     [
                         even,

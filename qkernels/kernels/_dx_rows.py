@@ -14,6 +14,8 @@ import math
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from ._dx_lanes import load_words
+
 _FAR = gl.constexpr(1 << 30)  # bytes, more than a lane reads at once
 _FAR_ROWS = gl.constexpr(64)  # so many rows are longer than that, of whatever K
 
@@ -53,42 +55,11 @@ def _begins_vector(K, BYTES, first, end, word):
 
 
 @gluon.constexpr_function
-def _load_asm(words, end):
-    """So many words at $words where $(words + 1) bytes are left, `end` of them to the last; else they are not read."""
-    registers = ", ".join(f"${word}" for word in range(words))
-    kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
-    to = registers if words == 1 else f"{{{registers}}}"
-    return (
-        f"{{ .reg .pred inside; setp.ge.s32 inside, ${words + 1}, {end};"
-        f" @inside ld.global.L1::evict_first.{kind} {to}, [${words}]; }}"
-    )
-
-
-@gluon.constexpr_function
 def _load_or_tail_asm(end):
     return (
         f"{{ .reg .pred inside; setp.ge.s32 inside, $2, {end};"
         " mov.b32 $0, $3; @inside ld.global.L1::evict_first.b32 $0, [$1]; }"
     )
-
-
-@gluon.jit
-def _load_words(address, left, FIRST: gl.constexpr, WORDS: gl.constexpr):
-    END: gl.constexpr = 4 * (FIRST + WORDS)
-    if WORDS == 4:
-        loaded = gl.inline_asm_elementwise(
-            _load_asm(4, END), "=r,=r,=r,=r,l,r", [address, left], dtype=[gl.int32] * 4, is_pure=False, pack=1
-        )
-    elif WORDS == 2:
-        loaded = gl.inline_asm_elementwise(
-            _load_asm(2, END), "=r,=r,l,r", [address, left], dtype=[gl.int32] * 2, is_pure=False, pack=1
-        )
-    else:
-        word = gl.inline_asm_elementwise(
-            _load_asm(1, END), "=r,l,r", [address, left], dtype=gl.int32, is_pure=False, pack=1
-        )
-        loaded = (word,)
-    return loaded
 
 
 @gluon.jit
@@ -108,7 +79,13 @@ def _load_row(address, left, tail, ROW: gl.constexpr, K: gl.constexpr, ALIGNED: 
             )
             w = w + (one,)
         elif _begins_vector(K, BYTES, FIRST, END, word):
-            w = w + _load_words(address + 4 * word, left, word, _vector_of(K, BYTES, word, END))
+            w = w + load_words(
+                address + 4 * word,
+                left,
+                _vector_of(K, BYTES, word, END),
+                4 * (word + _vector_of(K, BYTES, word, END)),
+                "evict_first",
+            )
     return w
 
 

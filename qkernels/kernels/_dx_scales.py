@@ -26,7 +26,7 @@ _LOAD_8, _LOAD_16, _LOAD_32 = (gl.constexpr(_load_asm(kind)) for kind in ("u8", 
 
 
 @gluon.jit
-def load_bytes(address, inside, COUNT: gl.constexpr):
+def _load_bytes(address, inside, COUNT: gl.constexpr):
     """One, two or four bytes, int32, at an int64 address where `inside` is not zero; else zero."""
     return gl.inline_asm_elementwise(
         _LOAD_32 if COUNT == 4 else (_LOAD_16 if COUNT == 2 else _LOAD_8),
@@ -36,6 +36,29 @@ def load_bytes(address, inside, COUNT: gl.constexpr):
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def load_one(absmax_ptr, absmax_8bit_ptr, block, mask, NESTED: gl.constexpr, NESTED_BLOCK: gl.constexpr):
+    """What is stored for a block: (its scale), nested (its 8-bit index, and the scale of that)."""
+    if NESTED:
+        index = gl.load(absmax_8bit_ptr + block, mask=mask, other=0).to(gl.int32)
+        stored = (index, gl.load(absmax_ptr + block // NESTED_BLOCK, mask=mask, other=0.0))
+    else:
+        stored = (gl.load(absmax_ptr + block, mask=mask, other=0.0),)
+    return stored
+
+
+@gluon.jit
+def load_together(absmax_ptr, absmax_8bit_ptr, first, mask, inside, COUNT: gl.constexpr, NESTED_BLOCK: gl.constexpr):
+    """As `load_one` for nested COUNT blocks that lie in one word and have one scale; `inside` is the mask, or it as
+    int32."""
+    word = _load_bytes((absmax_8bit_ptr + first).to(gl.int64), inside.to(gl.int32), COUNT)
+    scale = gl.load(absmax_ptr + first // NESTED_BLOCK, mask=mask, other=0.0)
+    stored = ()
+    for i in gl.static_range(COUNT):
+        stored = stored + ((word >> (8 * i)) & 255, scale)
+    return stored
 
 
 @gluon.jit
@@ -61,19 +84,12 @@ def load_stored(
     stored = ()
     if NESTED and TOGETHER:
         here = row * (K // 64) + gl.minimum(block, K // 64 - BLOCKS)
-        word = load_bytes((absmax_8bit_ptr + here).to(gl.int64), inside, BLOCKS)
-        scale = gl.load(absmax_ptr + here // NESTED_BLOCK, mask=mask, other=0.0)
-        for i in gl.static_range(BLOCKS):
-            stored = stored + ((word >> (8 * i)) & 255, scale)
+        stored = load_together(absmax_ptr, absmax_8bit_ptr, here, mask, inside, BLOCKS, NESTED_BLOCK)
     else:
         for i in gl.static_range(BLOCKS):
             # Blocks past the end of a row are its last one again, as its bytes are.
             at = (row * (K // 64) + gl.minimum(block + i, K // 64 - 1)) // PER_BLOCK
-            if NESTED:
-                index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0).to(gl.int32)
-                stored = stored + (index, gl.load(absmax_ptr + at // NESTED_BLOCK, mask=mask, other=0.0))
-            else:
-                stored = stored + (gl.load(absmax_ptr + at, mask=mask, other=0.0),)
+            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, NESTED, NESTED_BLOCK)
     return stored
 
 

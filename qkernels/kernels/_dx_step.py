@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ._dx_lanes import decode_pair, load_dy, load_row
+from ._dx_lanes import decode_pair, load_dy, load_words
 from ._dx_ragged import is_ragged, load_ragged_step, ragged_pairs, ragged_scales_of_lane
 from ._dx_scales import load_stored, scales_of_lane
 from ._lanes import load_shared, mma, store_shared
@@ -36,7 +36,7 @@ def _load_whole_step(
     address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column
     w = ()
     for i in gl.static_range(8):
-        w = w + load_row(address + i * (K // 2), inside, BYTES // 4)
+        w = w + load_words(address + i * (K // 2), inside, BYTES // 4, 0, "no_allocate")
     lanes_row = gl.minimum(first + lane // 8 * 8, N - 8) + lane % 8
     stored = load_stored(
         absmax_ptr,

@@ -168,6 +168,15 @@ def from_lane(value, lane):
 
 
 @gluon.jit
+def code_of_lane(lane, CODES: gl.constexpr):
+    """The code of number lane % 16, of 16 integers."""
+    code = lane * 0
+    for index in gl.static_range(16):
+        code = gl.where(lane % 16 == index, CODES[index], code)
+    return code
+
+
+@gluon.jit
 def look_up(row, row8, lane4):
     """Decode four bytes of a row and four of the row eight below it: eight fragment registers."""
     return gl.inline_asm_elementwise(

@@ -13,7 +13,7 @@ from ..tuning.skinny import CHUNK as _CHUNK_SIZE
 from ..tuning.skinny import chunks
 from ._arrange import FRONT as _FRONT
 from ._early import fetch
-from ._lanes import from_lane, load_if, load_once, load_vector, store_shared
+from ._lanes import code_of_lane, from_lane, load_if, load_once, load_vector, store_shared
 from ._ragged_rows import fetch_ragged, load_eight, load_ragged, phase_of, row_addresses
 
 CHUNK = gl.constexpr(_CHUNK_SIZE)
@@ -223,9 +223,7 @@ def _arranged_address(x_ptr, lane_k, g, shift, K: gl.constexpr, BLOCK: gl.conste
 @gluon.jit
 def fill_table(shared, warp, lane, CODES: gl.constexpr, num_warps: gl.constexpr):
     """The entry of every byte, 256 / num_warps a warp, for each lane's bank: high nibble in the low 16 bits."""
-    code = lane * 0
-    for index in gl.static_range(16):
-        code = gl.where(lane % 16 == index, CODES[index], code)
+    code = code_of_lane(lane, CODES)
     for i in gl.static_range(256 // num_warps):
         byte = warp * (256 // num_warps) + i
         pair = from_lane(code, byte // 16) | (from_lane(code, byte % 16) << 16)
