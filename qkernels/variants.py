@@ -35,8 +35,10 @@ from .tuning.skinny import SkinnyConfig, skinny_config
 from .tuning.skinny_dx import SkinnyDxConfig, skinny_dx_config
 from .tuning.wgmma import WgmmaConfig, tiling
 
-_NO_DROPOUT: dict[str, Any] = {"DROPOUT": False, "THRESHOLD": 0, "KEPT_SCALE": 1.0, "seed_ptr": None}
+_NO_DROPOUT = {"DROPOUT": False, "THRESHOLD": 0, "KEPT_SCALE": 1.0}
 _DTYPES = ("fp32", "fp16", "bf16")
+_TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_NESTED_SCALES = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
 _LENGTHS = {"i32:16": "n%16==0", "i32": "n%16!=0", "i64:16": "n>=2**31"}
 
 
@@ -77,6 +79,12 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
                     yield from _quantize_4bit(blocksize, dtype, length, tag)
                     yield from _dequantize_4bit(blocksize, dtype, length, tag)
                     yield from _blockwise(blocksize, dtype, length, tag)
+
+
+def _optional(*pointers: tuple[dict[str, str], bool]) -> tuple[dict[str, str], dict[str, None]]:
+    """Groups of pointers, each given or not: the types of those that are, and None for the others."""
+    given = {name: kind for group, is_given in pointers if is_given for name, kind in group.items()}
+    return given, {name: None for group, is_given in pointers if not is_given for name in group}
 
 
 def _partial_sums() -> Iterator[Variant]:
@@ -126,14 +134,13 @@ def _quantize_4bit(blocksize: int, dtype: str, length: str, tag: str) -> Iterato
 def _dequantize_4bit(blocksize: int, dtype: str, length: str, tag: str) -> Iterator[Variant]:
     tile, config = _tile("dequantize_4bit", blocksize)
     pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     for nested in (False, True):
+        given, absent = _optional((_NESTED_SCALES, nested))
         yield Variant(
             f"dequantize_4bit {'nested ' if nested else ''}{tag}",
             _dequantize_4bit_kernel,
-            {**pointers, "n": length, "n_bytes": length} | (scales if nested else {}),
-            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile, "USE_ASM": True}
-            | ({} if nested else dict.fromkeys(scales)),
+            {**pointers, **given, "n": length, "n_bytes": length},
+            {"NESTED": nested, "NESTED_BLOCK": NESTED_BLOCKSIZE, **tile, "USE_ASM": True, **absent},
             config,
         )
 
@@ -182,12 +189,15 @@ def _lora() -> Iterator[Variant]:
         inner = "*fp32" if parts > 1 else f"*{dtype}"
         for dropout in (False, True):
             tag = f"M={M} {dtype} factors {factors} rank={rank}{' dropout' if dropout else ''}"
-            seed: dict[str, str] = {"seed_ptr": "*i64"} if dropout else {}
-            mask = {"DROPOUT": dropout, "THRESHOLD": threshold, "KEPT_SCALE": kept_scale} if dropout else _NO_DROPOUT
+            seed, no_seed = _optional(({"seed_ptr": "*i64"}, dropout))
+            mask: dict[str, Any] = no_seed | (
+                {"DROPOUT": True, "THRESHOLD": threshold, "KEPT_SCALE": kept_scale} if dropout else _NO_DROPOUT
+            )
             sizes = dict.fromkeys(("M", "C", "r"), "i32:16")
             for tall in (False, True):
                 w = {"w_ptr": f"*{factors}", **seed}
                 factor = {"TALL": tall, "RANK": rank, **mask}
+                bias, no_bias = _optional(({"bias_ptr": f"*{dtype}"}, tall))
                 down, up = down_config(M, 4096, rank, dropout), up_config(M)
                 yield Variant(
                     f"lora_down {'B' if tall else 'A'} {tag}",
@@ -199,11 +209,9 @@ def _lora() -> Iterator[Variant]:
                 yield Variant(
                     f"lora_up {'B' if tall else 'A'} {tag}",
                     _lora_up_kernel,
-                    {"inner_ptr": inner, **w, "out_ptr": f"*{dtype}", **sizes}
-                    | ({"bias_ptr": f"*{dtype}"} if tall else {}),
+                    {"inner_ptr": inner, **w, **bias, "out_ptr": f"*{dtype}", **sizes},
                     {"PARTS": parts, "ROWS": up.rows, "COLUMNS": up.columns, **factor}
-                    | {"HAS_BIAS": tall, "ACCUMULATE": M == 128}
-                    | ({} if tall else {"bias_ptr": None}),
+                    | {"HAS_BIAS": tall, "ACCUMULATE": M == 128, **no_bias},
                     up,
                 )
             grads = grads_config(M, dropout)
@@ -279,12 +287,11 @@ def skinny_variant(
     """The one that `matmul_skinny_triton` would launch, of the table's configuration or of another."""
     config = config or skinny_config(M, N, K, sm, blocksize)
     assert config is not None
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    torch_dtype = _TORCH_DTYPES[dtype]
     phases, tail = ragged_constants(N, K, blocksize)
     out = f"*{dtype}" if config.parts == 1 else "*fp32"
     pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": out}
-    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
-    bias = {"bias_ptr": f"*{dtype}"}
+    given, absent = _optional((_NESTED_SCALES, nested), ({"bias_ptr": f"*{dtype}"}, has_bias))
     constants = {
         "K": K,
         "CODES": pair_codes(quant_type, torch_dtype),
@@ -301,8 +308,8 @@ def skinny_variant(
         f"matmul_skinny M={M} N={N} K={K} {dtype} {quant_type} blocksize={blocksize}"
         f"{' nested' if nested else ''}{' bias' if has_bias else ''}",
         _matmul_skinny_kernel,
-        {**pointers, **(scales if nested else {}), **(bias if has_bias else {}), "M": "i32", "N": "i32"},
-        constants | ({} if nested else dict.fromkeys(scales)) | ({} if has_bias else dict.fromkeys(bias)),
+        {**pointers, **given, "M": "i32", "N": "i32"},
+        constants | absent,
         config,
     )
 
@@ -354,15 +361,14 @@ def skinny_dx_variant(
     """The one that `matmul_skinny_dx_triton` would launch, by the table's configuration or by this one."""
     config = config or skinny_dx_config(M, N, K, sm, blocksize)
     assert config is not None
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
-    constants = skinny_dx_constants(config, torch_dtype)
+    constants = skinny_dx_constants(config, _TORCH_DTYPES[dtype])
     out = "*fp32" if constants["SPLIT"] else f"*{dtype}"
     pointers = {"dy_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "out_ptr": out}
-    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
+    given, absent = _optional((_NESTED_SCALES, nested))
     return Variant(
         f"matmul_skinny_dx M={M} N={N} K={K} {dtype} {quant_type} blocksize={blocksize}{' nested' if nested else ''}",
         _matmul_skinny_dx_kernel,
-        {**pointers, **(scales if nested else {}), "M": "i32", "N": "i32", "part_steps": "i32"},
+        {**pointers, **given, "M": "i32", "N": "i32", "part_steps": "i32"},
         {
             "K": K,
             "CODES": float_codes(quant_type),
@@ -371,8 +377,8 @@ def skinny_dx_variant(
             "QUANT_BLOCK": blocksize,
             "ALIGNED": N % 8 == 0,
             **constants,
-        }
-        | ({} if nested else dict.fromkeys(scales)),
+            **absent,
+        },
         config,
     )
 
@@ -413,19 +419,16 @@ def wgmma_variant(
     """The one that `matmul_wgmma_triton` would launch; `n` is the type of N, divisible by 16 or not."""
     config = tiling(columns, 4096, 4096, columns, 33 if split else 32)
     pointers = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    scales = {"absmax_8bit_ptr": "*u8", "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32"}
     bias, parts = {"bias_ptr": f"*{dtype}"}, {"parts_ptr": "*fp32", "flags_ptr": "*i32"}
     adapter = {"w_ptr": "*fp32", "inner_ptr": "*fp32"}
     sizes = dict.fromkeys(("M", "all_turns", "tile_turns", "across", "r"), "i32") | {"N": n, "K": "i32:16"}
-    optional = ((scales, nested), (bias, has_bias), (parts, split), (adapter, rank > 0))
-    present = {name: kind for group, given in optional if given for name, kind in group.items()}
-    absent = {name: None for group, given in optional if not given for name in group}
+    given, absent = _optional((_NESTED_SCALES, nested), (bias, has_bias), (parts, split), (adapter, rank > 0))
     return Variant(
         f"matmul_wgmma {'dx ' if backward else ''}columns={columns} {dtype}{' nested' if nested else ''}"
         f"{' bias' if has_bias else ''}{' split' if split else ''}{f' adapter {rank}' if rank else ''}"
         f"{'' if quant_type == 'nf4' else ' fp4'}{'' if blocksize == 64 else f' blocks of {blocksize}'}",
         _matmul_wgmma_kernel,
-        {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **present, **sizes},
+        {"x_desc": f"tensordesc<{dtype}[{columns}, 64],{X_LAYOUT!r}>", **pointers, **given, **sizes},
         wgmma_constants(config, blocksize, quant_type, nested, has_bias, backward, (8 if rank else 0, rank)) | absent,
         config,
     )
