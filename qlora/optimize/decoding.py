@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .cache import CACHE
 from .capture import capture
+from .modes import stays_in_mode
 from .state import is_listened_to, state_of
 from .stopping import can_defer, deferred
 from .token_layer import TokenLayer
@@ -214,10 +215,12 @@ class GeneratingModel:
                 base.forward = plain
 
     def train(self, mode: bool = True) -> Any:
-        """`nn.Module.train`; training gives the memory of `generate` back."""
+        """`nn.Module.train`, which a model all of which is in this mode is spared; training gives the memory of
+        `generate` back.
+        """
         if mode and self._decoding is not None:
             self._decoding.forget()
-        return super().train(mode)  # type: ignore[misc]
+        return self if stays_in_mode(self, mode) else super().train(mode)  # type: ignore[misc,arg-type]
 
     @property
     def _decoding(self) -> Decoding | None:
