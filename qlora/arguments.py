@@ -122,6 +122,9 @@ class TrainingArguments(SFTConfig):
         policy = precision_of(self)
         self.fp16, self.bf16 = policy.fp16, policy.bf16
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            # Or the host would wait for the GPU before it goes on from the copy of a batch.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
 
 

@@ -20,7 +20,6 @@ import yaml
 from peft import LoraConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
 
 from qkernels.errors import UserError
 
@@ -46,31 +45,13 @@ from .memory import Run, plan
 from .optimize import can_optimize, optimize_model
 from .report import RunResult, model_sizes, save_loss_plot, save_report
 from .shapes import adapted_layers, meta_model, shapes_of
+from .trainer import Trainer
 from .units import GIB, MIB
 
 # What "--lora_init qera" looks at, of the texts to train on.
 TEXTS_FOR_START, START_LENGTH = 128, 512
 
 Arguments = tuple[ModelArguments, LoraArguments, DataArguments, TrainingArguments]
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer without its model card, whose place `report.md` takes, and without a count that never changes."""
-
-    _flops_per_token: int | None = None
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write nothing."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """transformers' estimate for a batch, which is so many a token.
-
-        transformers counts the parameters for it at each step, which takes longer than some blocks' forward passes.
-        """
-        tokens = inputs["input_ids"].numel()
-        if self._flops_per_token is None:
-            self._flops_per_token = super().floating_point_ops(inputs) // tokens
-        return self._flops_per_token * tokens
 
 
 def train(arguments: Arguments) -> RunResult:
