@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor
 from trl import SFTTrainer
 
+from .later import read, read_later
+
 
 class Trainer(SFTTrainer):
     """TRL's trainer without its model card, whose place `report.md` takes, and with the host's work out of the way.
 
-    The next batch is made while the GPU computes, and the parameters are counted once.
+    The next batch is made while the GPU computes, metrics are read when they are logged, and the parameters are counted
+    once.
     """
 
     _flops_per_token: int | None = None
@@ -49,6 +52,19 @@ class Trainer(SFTTrainer):
         if self._batches is not None and is_free and self.state.global_step + 1 < self.state.max_steps:
             self._batches.fetch()
         return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; in training the metrics stay on the GPU."""
+        if not model.training or self.accelerator.num_processes > 1:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with read_later(self.accelerator):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's, of the metrics read now."""
+        for metrics in self._metrics.values():
+            metrics.update({name: read(values) for name, values in metrics.items()})
+        super().log(*args, **kwargs)
 
 
 class _Ahead(Iterator[Any]):

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora import NF4Config, optimize_model
 from qlora.arguments import TrainingArguments
+from qlora.later import read, read_later
 from qlora.trainer import Trainer, _Ahead
 
 TEXTS = 7
@@ -139,6 +140,39 @@ def test_batches_are_copied_without_waiting_from_pinned_memory(monkeypatch, tmp_
     monkeypatch.setattr("qlora.arguments.precision_of", lambda training: SimpleNamespace(fp16=False, bf16=False))
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)  # would ask the GPU
     assert TrainingArguments(str(tmp_path), **changes).accelerator_config == expected
+
+
+def test_nothing_is_read_between_forward_and_backward_pass(folder, tmp_path, monkeypatch):
+    """To read a number is to wait for the GPU, which then has nothing to do."""
+    reads: list[bool] = []
+    compute_loss = SFTTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "item", lambda number: reads.append(self.model.training) or 0.0)
+            patch.setattr(torch.Tensor, "__bool__", lambda number: reads.append(self.model.training) or True)
+            return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", watched)
+    trainer = trained(Trainer, folder, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    assert len(history(trainer)) == 5
+    assert reads  # in evaluation as ever
+    assert not any(reads)
+
+
+def test_a_batch_without_a_label_that_counts():
+    """Its entropy is 0 as in TRL, and not a quotient of nothing."""
+    with read_later(accelerator := SimpleNamespace()):
+        count, entropy, total = map(accelerator.gather_for_metrics, map(torch.tensor, (0, 0.5, 7)))
+        assert count > 0
+        assert read([(entropy / count).item(), (entropy / total).item(), 0 + total // 2, total + total, 3.0]) == [
+            0.0,
+            pytest.approx(0.5 / 7),
+            3,
+            14,
+            3.0,
+        ]
+    assert not vars(accelerator)
 
 
 def test_items_are_fetched_once_and_in_order():
