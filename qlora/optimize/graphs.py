@@ -122,10 +122,11 @@ class _Blocks:
 
     def __init__(self, blocks: nn.Module) -> None:
         self.trained = [parameter for parameter in blocks.parameters() if parameter.requires_grad]
-        self._modules = [(module, tuple(module._modules.values())) for module in blocks.modules()]
+        self._modules = [*blocks.modules()]
+        self._children = self._children_now()
         self._plain = [parameter for parameter in blocks.parameters() if type(parameter) is nn.Parameter]
         self._needs = [parameter.requires_grad for parameter in self._plain]
-        self._choosing = [module for module, _ in self._modules if _has_choices(module)]
+        self._choosing = [module for module in self._modules if _has_choices(module)]
         self._choices = [_choices(module) for module in self._choosing]
         # torch's dropout cannot be recomputed, offloading copies to the host, and gradients are kept in float32.
         self.can_capture = (
@@ -137,7 +138,7 @@ class _Blocks:
 
     def unchanged(self) -> bool:
         """Whether all of it is as it was."""
-        if any(tuple(module._modules.values()) != children for module, children in self._modules):
+        if self._children_now() != self._children:
             return False
         return [parameter.requires_grad for parameter in self._plain] == self._needs and self._choices == [
             _choices(module) for module in self._choosing
@@ -146,8 +147,11 @@ class _Blocks:
     def listened_to(self) -> bool:
         """Whether a module has hooks, which a graph would not call."""
         return any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module, _ in self._modules
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in self._modules
         )
+
+    def _children_now(self) -> list[nn.Module | None]:
+        return [child for module in self._modules for child in module._modules.values()]
 
 
 def _has_choices(module: nn.Module) -> bool:
