@@ -214,7 +214,7 @@ def skinny_dx_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Sk
         others = [(4, 2, shape[2]), (shape[0], shape[1], 8)]
         small = N * K < _SMALL and columns <= _SMALL_COLUMNS
         if small:
-            others += [(4, 2, 8), (4, 1, 8)]
+            others += [(4, 2, 8), (4, 1, 8)] if columns == 8 else [(4, 2, 8)]
         found = [config, *(_splits(M, N, K, known, other, blocksize)[0] for other in others)]
 
         def order(one: SkinnyDxConfig) -> tuple[float, bool, int]:
