@@ -1,14 +1,10 @@
-"""Parts of the Hopper product: which steps a program takes, their scales, tiles and parts of tiles written."""
+"""Parts of the Hopper product: which steps a program takes, tiles and parts of tiles written."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
-
-from ..format import NESTED_BLOCKSIZE
-from ._wgmma_scales import scale_unit
-from ._wgmma_weights import code_unit
 
 # Triton 3.6 puts no barrier between those of the kernel.  3.9 does, which makes three or four of the two a step, and
 # then warp groups that take turns would wait for each other: there they go together.
@@ -18,20 +14,11 @@ block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barri
 _UNDERSCORED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
-_NESTED_BLOCK = gl.constexpr(NESTED_BLOCKSIZE)
 _TILE_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 _HALF_A_TURN = gl.constexpr(
     "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; and.b32 t, t, 1; setp.eq.u32 p, t, $1; "
     "@p bar.sync 0; mov.u32 $0, t; }"
 )
-
-
-@gluon.constexpr_function
-def scaling_layout(rows, scales, backward):
-    """Scales of a turn: [rows of n, scales of a row], backward [n, scales of `rows` of k]."""
-    if backward:
-        return gl.BlockedLayout([1, 1], [32 // scales, scales], [rows // 16, 1], [1, 0])
-    return gl.BlockedLayout([1, scales // 2], [16, 2], [rows // 16, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -83,50 +70,6 @@ def next_place(
             column0 = 0
             row0 += ROWS
     return row0, column0, step
-
-
-@gluon.jit
-def load_scales(stores, row0, step, wanted, N, blocks, stored_as: gl.constexpr):
-    """A turn's scales as stored: (8-bit index, its float32 scale), or (nothing, scale)."""
-    absmax_ptr, absmax_8bit_ptr = stores
-    BACKWARD: gl.constexpr = stored_as[0]
-    NESTED: gl.constexpr = stored_as[1]
-    QUANT_BLOCK: gl.constexpr = stored_as[2]
-    UNIT: gl.constexpr = scale_unit(QUANT_BLOCK)
-    shape: gl.constexpr = stored_as[3]
-    layout: gl.constexpr = stored_as[4]
-    n = gl.arange(0, shape[0], gl.SliceLayout(1, layout))[:, None]
-    block = gl.arange(0, shape[1], gl.SliceLayout(0, layout))[None, :]
-    if BACKWARD:
-        n += step * 64
-        block += row0 // UNIT
-    else:
-        n += row0
-        block += step * (64 // UNIT)
-    at = (n * blocks + block) // (QUANT_BLOCK // UNIT)
-    mask = (n < N) & (block < blocks) & wanted
-    if NESTED:
-        index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0)
-        stored = gl.load(absmax_ptr + at // _NESTED_BLOCK, mask=mask, other=0.0)
-    else:
-        index = gl.zeros_like(at).to(gl.uint8)
-        stored = gl.load(absmax_ptr + at, mask=mask, other=0.0)
-    return index, stored
-
-
-@gluon.jit
-def look_up(absmax_code_ptr, index, NESTED: gl.constexpr):
-    """The entry of the 8-bit map, float32."""
-    return gl.load(absmax_code_ptr + index.to(gl.int32)) if NESTED else gl.zeros_like(index).to(gl.float32)
-
-
-@gluon.jit
-def store_scales(target, code, stored, offset, NESTED: gl.constexpr, QUANT_TYPE: gl.constexpr):
-    """Scales to shared memory, for codes as integers, rounded to 22 bits: three times one is exact in float32."""
-    unit: gl.constexpr = code_unit(QUANT_TYPE)
-    scale = (code * stored + offset if NESTED else stored) * unit
-    bits = (scale.to(gl.int32, bitcast=True) + 2) & -4
-    target.store(bits.to(gl.float32, bitcast=True))
 
 
 @gluon.jit

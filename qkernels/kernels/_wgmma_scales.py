@@ -1,18 +1,59 @@
-"""Scales in the Hopper product: of a step from shared memory to the threads that decode with them.
+"""Scales in the Hopper product: a turn's into shared memory, and a step's from there to the threads that decode.
 
 A step has 64 neighbours of k in a row of W, which are one block or a part of one, or two blocks of 32.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from ..format import NESTED_BLOCKSIZE
+from ._wgmma_codes import code_unit
+
+_NESTED_BLOCK = gl.constexpr(NESTED_BLOCKSIZE)
+
+
+class StoredScales(NamedTuple):
+    """How a turn's scales are stored and loaded.
+
+    Attributes:
+        backward: of which product they are.
+        nested: double quantization.
+        quant_block: weights that share a stored scale.
+        rows: rows n of a turn.
+        across: scales of each.
+        layout: `scaling_layout`.
+    """
+
+    backward: bool
+    nested: bool
+    quant_block: int
+    rows: int
+    across: int
+    layout: Any
+
+
+@gluon.constexpr_function
+def stored_scales(backward, nested, quant_block, rows, across, layout):
+    """That, for a kernel."""
+    return StoredScales(backward, nested, quant_block, rows, across, layout)
 
 
 @gluon.constexpr_function
 def scale_unit(quant_block):
     """Neighbours in k that share a scale in a step."""
     return min(quant_block, 64)
+
+
+@gluon.constexpr_function
+def scaling_layout(rows, scales, backward):
+    """Scales of a turn: [rows of n, scales of a row], backward [n, scales of `rows` of k]."""
+    if backward:
+        return gl.BlockedLayout([1, 1], [32 // scales, scales], [rows // 16, 1], [1, 0])
+    return gl.BlockedLayout([1, scales // 2], [16, 2], [rows // 16, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -37,6 +78,45 @@ def _scales_layout(rows, per_step, backward):
     lane_bases = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
     warp_bases = [[16 << i, 0] for i in range(groups + 2)]
     return gl.DistributedLinearLayout([[8, 0], [0, 1]][:per_step], lane_bases, warp_bases, [], [rows, per_step])
+
+
+@gluon.jit
+def load_scales(stores, row0, step, wanted, N, blocks, stored_as: gl.constexpr):
+    """A turn's scales as stored: (8-bit index, its float32 scale), or (nothing, scale)."""
+    absmax_ptr, absmax_8bit_ptr = stores
+    UNIT: gl.constexpr = scale_unit(stored_as.quant_block)
+    n = gl.arange(0, stored_as.rows, gl.SliceLayout(1, stored_as.layout))[:, None]
+    block = gl.arange(0, stored_as.across, gl.SliceLayout(0, stored_as.layout))[None, :]
+    if stored_as.backward:
+        n += step * 64
+        block += row0 // UNIT
+    else:
+        n += row0
+        block += step * (64 // UNIT)
+    at = (n * blocks + block) // (stored_as.quant_block // UNIT)
+    mask = (n < N) & (block < blocks) & wanted
+    if stored_as.nested:
+        index = gl.load(absmax_8bit_ptr + at, mask=mask, other=0)
+        stored = gl.load(absmax_ptr + at // _NESTED_BLOCK, mask=mask, other=0.0)
+    else:
+        index = gl.zeros_like(at).to(gl.uint8)
+        stored = gl.load(absmax_ptr + at, mask=mask, other=0.0)
+    return index, stored
+
+
+@gluon.jit
+def look_up(absmax_code_ptr, index, NESTED: gl.constexpr):
+    """The entry of the 8-bit map, float32."""
+    return gl.load(absmax_code_ptr + index.to(gl.int32)) if NESTED else gl.zeros_like(index).to(gl.float32)
+
+
+@gluon.jit
+def store_scales(target, code, stored, offset, NESTED: gl.constexpr, QUANT_TYPE: gl.constexpr):
+    """Scales to shared memory, for codes as integers, rounded to 22 bits: three times one is exact in float32."""
+    unit: gl.constexpr = code_unit(QUANT_TYPE)
+    scale = (code * stored + offset if NESTED else stored) * unit
+    bits = (scale.to(gl.int32, bitcast=True) + 2) & -4
+    target.store(bits.to(gl.float32, bitcast=True))
 
 
 @gluon.jit

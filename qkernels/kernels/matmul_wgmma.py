@@ -41,26 +41,15 @@ from ._wgmma import (
     first_turn,
     give_part,
     half_a_turn,
-    load_scales,
     load_tile,
-    look_up,
     next_place,
     place,
-    scaling_layout,
-    store_scales,
     store_tile,
     take_part,
 )
-from ._wgmma_scales import scale_unit
-from ._wgmma_weights import (
-    copy_step,
-    decode_columns,
-    decode_rows,
-    fill_table,
-    lanes_layout,
-    packed_memory,
-    places,
-)
+from ._wgmma_codes import decoding, fill_table
+from ._wgmma_scales import load_scales, look_up, scale_unit, scaling_layout, store_scales, stored_scales
+from ._wgmma_weights import copy_step, decode_columns, decode_rows, lanes_layout, packed_memory, places
 
 
 @gluon.jit(do_not_specialize=["M", "all_turns", "tile_turns", "across", "r"])
@@ -145,7 +134,7 @@ def _matmul_wgmma_kernel(
         [SCALES, STAGES * 64 if BACKWARD else ROWS, ACROSS],
         gl.SwizzledSharedLayout(1, 1, 1, [0, 1]),
     )
-    stored_as: gl.constexpr = (BACKWARD, NESTED, QUANT_BLOCK, (scales.shape[1], scales.shape[2]), scaling)
+    stored_as: gl.constexpr = stored_scales(BACKWARD, NESTED, QUANT_BLOCK, scales.shape[1], ACROSS, scaling)
     stores = (absmax_ptr, absmax_8bit_ptr)
     spots = (chosen, spot, fill_table(table_ptr, WARPS, QUANT_TYPE))
     offset = 0.0
@@ -161,7 +150,7 @@ def _matmul_wgmma_kernel(
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    how: gl.constexpr = (QUANT_TYPE, lanes, operand, DTYPE, TABLED)
+    how: gl.constexpr = decoding(QUANT_TYPE, DTYPE, TABLED, lanes, operand)
     block_barrier()
     turn = begin
     while turn < end:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qkernels.format import code_table
-from qkernels.kernels._wgmma_weights import CODES16
+from qkernels.kernels._wgmma_codes import CODES16
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
