@@ -1,4 +1,5 @@
-"""What the kernels share: the reciprocal of the scale, and the scale itself, decoded where it is stored in 8 bits."""
+"""What the kernels share: a program's blocks, the reciprocal of the scale, and the scale itself, decoded where it is
+stored in 8 bits."""
 
 from __future__ import annotations
 
@@ -8,6 +9,19 @@ import triton.language as tl
 from ..format import SMALLEST_NORMAL
 
 _SMALLEST_NORMAL = tl.constexpr(SMALLEST_NORMAL)
+
+
+@triton.jit
+def tile_of_blocks(n, n_bytes, QUANT_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """What a program has of n elements in n_bytes: its first quantization block, int64, and how many elements and how
+    many bytes are left from there, int32, at most ROWS blocks: addresses are a 64-bit start and 32-bit offsets."""
+    first_block = tl.program_id(0).to(tl.int64) * ROWS
+    remaining = tl.minimum(n - first_block * QUANT_BLOCK, ROWS * QUANT_BLOCK).to(tl.int32)
+    # Not computed from `remaining`: as an argument of its own its divisibility by 16 is known, and with it that whole
+    # vectors are inside or outside.
+    HALF: tl.constexpr = QUANT_BLOCK // 2
+    remaining_bytes = tl.minimum(n_bytes - first_block * HALF, ROWS * HALF).to(tl.int32)
+    return first_block, remaining, remaining_bytes
 
 
 @triton.jit

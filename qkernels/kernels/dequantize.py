@@ -14,7 +14,7 @@ import triton.language as tl
 from ..format import NESTED_BLOCKSIZE, code_table, packed_length
 from ..tuning import LaunchConfig
 from ._launch import Launcher
-from ._tile import lane_id, load_absmax
+from ._tile import lane_id, load_absmax, tile_of_blocks
 
 
 def _assembly() -> str:
@@ -74,12 +74,7 @@ def _dequantize_4bit_kernel(
     USE_ASM: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
-    # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
-    first_block = tl.program_id(0).to(tl.int64) * ROWS
-    remaining = tl.minimum(n - first_block * QUANT_BLOCK, ROWS * QUANT_BLOCK).to(tl.int32)
-    # Not computed from `remaining`: as an argument of its own its divisibility by 16 is known, and with it that whole
-    # vectors are inside or outside.
-    remaining_bytes = tl.minimum(n_bytes - first_block * HALF, ROWS * HALF).to(tl.int32)
+    first_block, remaining, remaining_bytes = tile_of_blocks(n, n_bytes, QUANT_BLOCK, ROWS)
     row = tl.arange(0, ROWS)
     absmax = load_absmax(
         absmax_ptr,

@@ -16,7 +16,7 @@ from ..format import block_count, packed_length
 from ..tuning import LaunchConfig
 from ._encode import bucket_table, encode_pairs
 from ._launch import Launcher
-from ._tile import flush_subnormal, reciprocal
+from ._tile import flush_subnormal, reciprocal, tile_of_blocks
 
 
 @triton.jit
@@ -34,12 +34,7 @@ def _quantize_4bit_kernel(
     USE_ASM: tl.constexpr,
 ):
     HALF: tl.constexpr = QUANT_BLOCK // 2
-    # Addresses: a 64-bit start of the tile, and 32-bit offsets within it.
-    first_block = tl.program_id(0).to(tl.int64) * ROWS
-    remaining = tl.minimum(n - first_block * QUANT_BLOCK, ROWS * QUANT_BLOCK).to(tl.int32)
-    # Not computed from `remaining`: as an argument of its own its divisibility by 16 is known, and with it that whole
-    # vectors are inside or outside.
-    remaining_bytes = tl.minimum(n_bytes - first_block * HALF, ROWS * HALF).to(tl.int32)
+    first_block, remaining, remaining_bytes = tile_of_blocks(n, n_bytes, QUANT_BLOCK, ROWS)
     row = tl.arange(0, ROWS)
     offs_x = row[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     # The tail reads zeros, which change no maximum and encode to the zero index.
