@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .adapter import Drop, add_adapter_, gradients_of_both
 from .dispatch import ADAPTER_APART, ADAPTER_JOINED, DEQUANTIZE, choose, choose_adapter
-from .kernels.lora import Dropout, lora_down_triton, lora_grads_triton, lora_up_triton
+from .kernels.lora import Dropout, lora_down_triton, lora_up_triton
+from .kernels.lora_grads import lora_grads_triton
 from .ops_cuda import (
     IMPLEMENTATIONS,
     contiguous_and_aligned,

@@ -23,7 +23,8 @@ from .kernels._sum_parts import SUM_CONFIG, sum_constants, sum_parts_kernel
 from .kernels.blockwise import _dequantize_blockwise_kernel, _quantize_blockwise_kernel
 from .kernels.dequantize import _dequantize_4bit_kernel
 from .kernels.dropout import _dropout_kernel
-from .kernels.lora import _lora_down_kernel, _lora_grads_kernel, _lora_sum_kernel, _lora_up_kernel
+from .kernels.lora import _lora_down_kernel, _lora_sum_kernel, _lora_up_kernel
+from .kernels.lora_grads import _lora_grads_kernel
 from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skinny_constants
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants

@@ -1,4 +1,4 @@
-"""An adapter's products beside a 4-bit weight's: y += u B^T with u = s dropout(x) A^T, and its gradients.
+"""An adapter's products beside a 4-bit weight's: y += u B^T with u = s dropout(x) A^T.
 
 Room: kernels; A [r, K], B [N, r], r up to 64.  Three kernels serve both directions, because each direction has the
 same three shapes:
@@ -6,7 +6,7 @@ same three shapes:
 * **down**: [M, C] times a factor, to rank r.  u = s dropout(x) A^T, backward v = s dy B.
 * **up**: rank r times a factor, to [M, C].  u B^T, backward v A, which the mask of the dropout multiplies again.
   Hopper's product has it within (`_adapter.py`), so it runs beside the others.
-* **grads**: dB = dy^T u and dA = v^T dropout(x), summed over the rows in float32, in one launch.
+* **grads**: dB = dy^T u and dA = v^T dropout(x), summed over the rows in float32, in one launch (`lora_grads.py`).
 
 The factors are read as they are, in float32 or 16 bits, and rounded to the activations' dtype where they are used: no
 cast copy.  Nothing dropped is written: the mask is made again from the seed, `seeded_dropout`'s bits.
@@ -134,88 +134,16 @@ def _lora_up_kernel(
     tl.store(out_ptr + offs, out.to(DTYPE), mask=mask)
 
 
-@triton.jit
-def _factor_gradient(
-    t_ptr,
-    inner_ptr,
-    seed_ptr,
-    tile,
-    M,
-    C,
-    RANK: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEPT_SCALE: tl.constexpr,
-):
-    """dropout(t[M, C])^T inner[M, RANK] of a tile of columns, float32 [COLUMNS, RANK]."""
-    DTYPE: tl.constexpr = t_ptr.dtype.element_ty
-    c = tile * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((COLUMNS, RANK), tl.float32)
-    # Parts of u fill shared memory in a pipeline, and few rows are few steps.
-    for first in tl.range(0, M, ROWS, num_stages=1 if PARTS > 1 else 4):
-        rows = first + tl.arange(0, ROWS)
-        offs = rows.to(tl.int64)[:, None] * C + c[None, :]
-        t = tl.load(t_ptr + offs, mask=(rows < M)[:, None] & (c < C)[None, :], other=0.0)
-        if DROPOUT:
-            t = dropped(t, offs, seed_ptr, THRESHOLD, KEPT_SCALE).to(DTYPE)
-        acc = tl.dot(tl.trans(t), load_inner(inner_ptr, rows, M, RANK, PARTS, DTYPE), acc)
-    return acc
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lora_grads_kernel(
-    dy_ptr,
-    x_ptr,
-    u_ptr,
-    v_ptr,
-    seed_ptr,
-    grad_A_ptr,
-    grad_B_ptr,
-    M,
-    N,
-    K,
-    r,
-    tiles_B,
-    RANK: tl.constexpr,
-    PARTS_U: tl.constexpr,
-    PARTS_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEPT_SCALE: tl.constexpr,
-):
-    """Programs below tiles_B: dB[N, r] = dy^T u; the others dA[r, K] = v^T dropout(x)."""
-    tile = tl.program_id(0)
-    j = tl.arange(0, RANK)
-    if tile < tiles_B:
-        grad_B = _factor_gradient(dy_ptr, u_ptr, seed_ptr, tile, M, N, RANK, PARTS_U, ROWS, COLUMNS, False, 0, 1.0)
-        n = tile * COLUMNS + tl.arange(0, COLUMNS)
-        to_B = grad_B_ptr + n.to(tl.int64)[:, None] * r + j[None, :]
-        tl.store(to_B, grad_B.to(grad_B_ptr.dtype.element_ty), mask=(n < N)[:, None] & (j < r)[None, :])
-    else:
-        tile_A = tile - tiles_B
-        grad_A = _factor_gradient(
-            x_ptr, v_ptr, seed_ptr, tile_A, M, K, RANK, PARTS_V, ROWS, COLUMNS, DROPOUT, THRESHOLD, KEPT_SCALE
-        )
-        k = tile_A * COLUMNS + tl.arange(0, COLUMNS)
-        to_A = grad_A_ptr + j.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(to_A, tl.trans(grad_A).to(grad_A_ptr.dtype.element_ty), mask=(j < r)[:, None] & (k < K)[None, :])
-
-
 _launch_down = Launcher(_lora_down_kernel)
 _launch_sum = Launcher(_lora_sum_kernel)
 _launch_up = Launcher(_lora_up_kernel)
-_launch_grads = Launcher(_lora_grads_kernel)
 
 # seed, threshold of 24 bits, scale of what is kept: as `seeded_dropout`'s kernel takes them.
 Dropout = tuple[torch.Tensor, int, float]
 
 
-def _dropout_constants(dropout: Dropout | None) -> tuple[torch.Tensor | None, tuple[object, ...]]:
+def dropout_constants(dropout: Dropout | None) -> tuple[torch.Tensor | None, tuple[object, ...]]:
+    """The seed, and the kernels' last compile-time arguments."""
     return (None, (False, 0, 1.0)) if dropout is None else (dropout[0], (True, *dropout[1:]))
 
 
@@ -232,7 +160,7 @@ def lora_down_triton(
     r = w.shape[1 if tall else 0]
     rank = padded_rank(r)
     parts = torch.empty((config.parts, M, rank), dtype=torch.float32, device=x.device)
-    seed, constants = _dropout_constants(dropout)
+    seed, constants = dropout_constants(dropout)
     _launch_down(
         (-(-M // config.rows), config.parts, 1),
         (x, w, seed, parts),
@@ -266,7 +194,7 @@ def lora_up_triton(
         out: float16 or bfloat16 [M, C], contiguous.
     """
     M, C = out.shape
-    seed, constants = _dropout_constants(dropout)
+    seed, constants = dropout_constants(dropout)
     _launch_up(
         (-(-C // config.columns), -(-M // config.rows), 1),
         (inner, w, bias, seed, out),
@@ -281,34 +209,5 @@ def lora_up_triton(
             accumulate,
             *constants,
         ),
-        config,
-    )
-
-
-def lora_grads_triton(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    u: torch.Tensor,
-    v: torch.Tensor,
-    grad_A: torch.Tensor,
-    grad_B: torch.Tensor,
-    dropout: Dropout | None,
-    config: TileConfig,
-) -> None:
-    """grad_A[r, K] = v^T dropout(x) and grad_B[N, r] = dy^T u.
-
-    Args:
-        dy, x: float16 or bfloat16 [M, N] and [M, K], contiguous.
-        u, v: what `lora_down_triton` gave of x and of dy.
-        grad_A, grad_B: contiguous, float32 or 16 bits.
-    """
-    (M, N), K = dy.shape, x.shape[1]
-    tiles_B = -(-N // config.columns)
-    seed, constants = _dropout_constants(dropout)
-    _launch_grads(
-        (tiles_B + -(-K // config.columns), 1, 1),
-        (dy, x, u, v, seed, grad_A, grad_B),
-        (M, N, K, grad_B.shape[1], tiles_B),
-        (u.shape[2], u.shape[0], v.shape[0], config.rows, config.columns, *constants),
         config,
     )

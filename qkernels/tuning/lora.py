@@ -1,6 +1,6 @@
 """Launch configurations of an adapter's products: pure functions of the shape.
 
-Room: tables as reviewed Python; the kernels are `kernels/lora.py`.
+Room: tables as reviewed Python; the kernels are `kernels/lora.py` and `lora_grads.py`.
 """
 
 from __future__ import annotations

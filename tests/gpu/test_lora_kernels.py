@@ -12,7 +12,8 @@ import qkernels
 from qkernels.adapter import adapter_gradients, add_adapter_
 from qkernels.dispatch import ADAPTER_JOINED, Product, capability_of, choose_adapter
 from qkernels.dropout import threshold_and_scale
-from qkernels.kernels.lora import lora_down_triton, lora_grads_triton, lora_up_triton
+from qkernels.kernels.lora import lora_down_triton, lora_up_triton
+from qkernels.kernels.lora_grads import lora_grads_triton
 from qkernels.kernels.matmul_wgmma import matmul_wgmma_triton
 from qkernels.tuning.lora import DownConfig, TileConfig, down_config, grads_config, up_config
 from qkernels.tuning.wgmma import tiling

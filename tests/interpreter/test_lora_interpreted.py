@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qkernels.dropout import dropout_reference, threshold_and_scale
-from qkernels.kernels.lora import lora_down_triton, lora_grads_triton, lora_up_triton
+from qkernels.kernels.lora import lora_down_triton, lora_up_triton
+from qkernels.kernels.lora_grads import lora_grads_triton
 from qkernels.tuning.lora import DownConfig, TileConfig, down_config
 
 TILE = TileConfig(16, 32)
