@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from trl import SFTTrainer
 
+from . import places
 from .later import read, read_later
 
 
@@ -38,6 +39,16 @@ class Trainer(SFTTrainer):
             self._flops_per_token = super().floating_point_ops(inputs) // tokens
         return self._flops_per_token * tokens
 
+    def get_train_dataloader(self) -> Any:
+        """As transformers', whose batches also tell where their labels are."""
+        collator = self.data_collator
+        if self.accelerator.num_processes == 1 and self.args.n_gpu <= 1:
+            self.data_collator = places.PlacingCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As transformers', from the batches that are there already."""
         if self._batches is None or self._batches.source is not epoch_iterator:
@@ -54,7 +65,10 @@ class Trainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; in training the metrics stay on the GPU."""
+        """As TRL's; in training the metrics stay on the GPU, and nothing has to be asked of it."""
+        known = inputs.pop(places.NAME, None)
+        if known is not None:
+            inputs["labels"] = places.placed(inputs["labels"], known)
         if not model.training or self.accelerator.num_processes > 1:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with read_later(self.accelerator):

@@ -11,6 +11,7 @@ from models import TARGETS, VOCABULARY, save_tiny
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -47,7 +48,9 @@ def trained(kind: type[SFTTrainer], checkpoint, output, events: list[str] | None
         collate = trainer.data_collator
         trainer.data_collator = lambda examples: events.append("batch") or collate(examples)
         trainer.add_callback(Events(events))
+    collator = trainer.data_collator
     trainer.train(resume_from_checkpoint=resume)
+    assert trainer.data_collator is collator
     return trainer
 
 
@@ -158,6 +161,48 @@ def test_nothing_is_read_between_forward_and_backward_pass(folder, tmp_path, mon
     assert len(history(trainer)) == 5
     assert reads  # in evaluation as ever
     assert not any(reads)
+
+
+class Waits(TorchDispatchMode):
+    """What the host could not go on from before the GPU has come there: sizes or numbers that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put") and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if by_mask or name in ("nonzero", "masked_select", "masked_scatter_backward", "_local_scalar_dense"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "waits"), [(Trainer, False), (SFTTrainer, True)])
+def test_the_host_never_waits_within_a_step(folder, tmp_path, monkeypatch, kind, waits):
+    """TRL picks labels by a mask on a GPU, whose number the host has to know."""
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)  # as there
+    training_step = SFTTrainer.training_step
+    found: list[str] = []
+
+    def watched(self, *args, **kwargs):
+        with Waits() as mode:
+            loss = training_step(self, *args, **kwargs)
+        found.extend(mode.found)
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", watched)
+    trained(kind, folder, tmp_path, max_steps=2)
+    assert bool(found) is waits
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, {"max_steps": 2, "gradient_accumulation_steps": 2}], ids=str)
+def test_labels_picked_by_their_places_are_those_of_the_mask(folder, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    ours, theirs = (trained(kind, folder, tmp_path, **changes) for kind in (Trainer, SFTTrainer))
+    assert history(ours) == history(theirs)
+    for mine, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_batch_without_a_label_that_counts():
