@@ -73,7 +73,7 @@ def next_place(
 
 
 @gluon.jit
-def part_offsets(ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+def _part_offsets(ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Where float32[ROWS, COLUMNS] is kept between programs: a warp's stores from its accumulator are contiguous."""
     r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
     c = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
@@ -81,17 +81,17 @@ def part_offsets(ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr
 
 
 @gluon.jit
-def give_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
+def _give_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
     """Leave a program's part of a tile to the one that has the tile's beginning."""
     SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
     at = parts_ptr + program.to(gl.int64) * SIZE
-    gl.store(at + part_offsets(acc.shape[0], acc.shape[1], layout), acc)
+    gl.store(at + _part_offsets(acc.shape[0], acc.shape[1], layout), acc)
     block_barrier()
     gl.atomic_xchg(flags_ptr + program, 1, sem="release")
 
 
 @gluon.jit
-def take_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
+def _take_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
     """Wait for another program's part, and add it."""
     SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
     while gl.atomic_add(flags_ptr + program, 0, sem="acquire") == 0:
@@ -99,11 +99,11 @@ def take_part(acc, parts_ptr, flags_ptr, program, layout: gl.constexpr):
     gl.atomic_xchg(flags_ptr + program, 0, sem="relaxed")  # as the next launch wants to find it
     block_barrier()
     at = parts_ptr + program.to(gl.int64) * SIZE
-    return acc + gl.load(at + part_offsets(acc.shape[0], acc.shape[1], layout), cache_modifier=".cg")
+    return acc + gl.load(at + _part_offsets(acc.shape[0], acc.shape[1], layout), cache_modifier=".cg")
 
 
 @gluon.jit
-def store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl.constexpr, BACKWARD: gl.constexpr):
+def _store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl.constexpr, BACKWARD: gl.constexpr):
     """Write a tile of the transposed output to out[M, R], with the bias, through two free tiles of x."""
     ROWS: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1] // 2
@@ -120,6 +120,41 @@ def store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS: gl
         _store_half(in_order_of_k(value) if BACKWARD else value, out_ptr, row0, column0 + half * HALF, M, R)
     # What comes there next comes by TMA.
     fence_async_shared()
+
+
+@gluon.jit
+def finish_tile(
+    acc,
+    memory,
+    pointers,
+    sizes,
+    turn,
+    stop,
+    HAS_BIAS: gl.constexpr,
+    BACKWARD: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Store the tile of which a program has the turns to `stop` from `turn` on, with the parts of others, if it has the
+    tile's beginning; else leave its part.
+
+    `pointers` are to bias, output, parts and flags; `sizes` are M, R, all turns, a tile's, and tiles across.
+    """
+    bias_ptr, out_ptr, parts_ptr, flags_ptr = pointers
+    M, R, all_turns, tile_turns, across = sizes
+    layout: gl.constexpr = acc.type.layout
+    # Found again, so that no register keeps it in between.
+    row0, column0, last = place(stop - 1, tile_turns, across, acc.shape[0], acc.shape[1], STAGES)
+    has_begin = (stop - 1 - turn) * STAGES == last
+    if has_begin or not SPLIT:
+        if SPLIT:
+            giver = gl.program_id(0)
+            while first_turn(giver, all_turns) - turn < tile_turns:
+                giver -= 1
+                acc = _take_part(acc, parts_ptr, flags_ptr, giver, layout)
+        _store_tile(acc, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, BACKWARD)
+    elif SPLIT:
+        _give_part(acc, parts_ptr, flags_ptr, gl.program_id(0), layout)
 
 
 @gluon.jit

@@ -35,18 +35,7 @@ from ._adapter import add_adapter, inner_memory, store_inner
 from ._early import let_next_begin, wait_for_previous
 from ._flags import cleared_flags
 from ._launch import early_and_late
-from ._wgmma import (
-    TAKE_TURNS,
-    block_barrier,
-    first_turn,
-    give_part,
-    half_a_turn,
-    load_tile,
-    next_place,
-    place,
-    store_tile,
-    take_part,
-)
+from ._wgmma import TAKE_TURNS, block_barrier, finish_tile, first_turn, half_a_turn, load_tile, next_place, place
 from ._wgmma_codes import decoding, fill_table
 from ._wgmma_scales import load_scales, look_up, scale_unit, scaling_layout, store_scales, stored_scales
 from ._wgmma_weights import copy_step, decode_columns, decode_rows, lanes_layout, packed_memory, places
@@ -224,20 +213,11 @@ def _matmul_wgmma_kernel(
         if TAKE_TURNS:
             half_a_turn(0)
         done, _held = warpgroup_mma_wait(0, deps=[acc, held])
-        # Found again, so that no register keeps it in between.
-        row0, column0, last = place(stop - 1, tile_turns, across, ROWS, COLUMNS, STAGES)
-        has_begin = (stop - 1 - turn) * STAGES == last
-        if has_begin or not SPLIT:
-            if SPLIT:
-                giver = gl.program_id(0)
-                while first_turn(giver, all_turns) - turn < tile_turns:
-                    giver -= 1
-                    done = take_part(done, parts_ptr, flags_ptr, giver, mma)
-            # These two tiles of x are asked for in the next turn only.
-            memory = (xs[AHEAD], xs[AHEAD + 1])
-            store_tile(done, memory, bias_ptr, out_ptr, row0, column0, M, R, HAS_BIAS, BACKWARD)
-        elif SPLIT:
-            give_part(done, parts_ptr, flags_ptr, gl.program_id(0), mma)
+        # The last two tiles of x are asked for in the next turn only.
+        memory = (xs[AHEAD], xs[AHEAD + 1])
+        pointers = (bias_ptr, out_ptr, parts_ptr, flags_ptr)
+        sizes = (M, R, all_turns, tile_turns, across)
+        finish_tile(done, memory, pointers, sizes, turn, stop, HAS_BIAS, BACKWARD, SPLIT, STAGES)
         turn = stop
     async_copy.wait_group(0)
 
