@@ -143,15 +143,7 @@ def add_chunk(
     following,
     inside,
     M,
-    K: gl.constexpr,
-    BLOCK: gl.constexpr,
-    PAIRED: gl.constexpr,
-    ONE_BRANCH: gl.constexpr,
-    ARRANGED: gl.constexpr,
-    PHASES: gl.constexpr,
-    TILES: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    KIND: gl.constexpr,
+    form: gl.constexpr,
 ):
     """Add a chunk's product, in a warp whose chunk, `first` and as many more as its number along K, is below `end`; and
     load x of the chunk `following` where it is `inside`.
@@ -160,25 +152,28 @@ def add_chunk(
         The sums, [tile][eight columns][4], and the halves of x that are there now, as `load_x` gives them (PAIRED:
         the whole, and nothing).
     """
-    GROUPS: gl.constexpr = COLUMNS // 8
-    if PAIRED:
-        then = load_x_paired(x_place, following, lane % 4, inside, K, PHASES)
+    BLOCK: gl.constexpr = form.BLOCK
+    TILES: gl.constexpr = form.TILES
+    GROUPS: gl.constexpr = form.GROUPS
+    KIND: gl.constexpr = form.KIND
+    if form.PAIRED:
+        then = load_x_paired(x_place, following, lane % 4, inside, form)
         if first + this_k_warp < end:
             acc = _paired_chunk(acc, w, x, scales, lane, BLOCK, TILES, KIND)
         x = then
-    elif ONE_BRANCH:
+    elif form.ONE_BRANCH:
         if first + this_k_warp < end:
             w = _shared_out(w, lane, BLOCK, TILES)
             acc = _half_chunk(acc, w, x, scales, lane, 0, BLOCK, TILES, GROUPS, KIND)
-            x = load_x(x_place, following, inside, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+            x = load_x(x_place, following, inside, M, 0, form)
             acc = _half_chunk(acc, w, x_1, scales, lane, 1, BLOCK, TILES, GROUPS, KIND)
-            x_1 = load_x(x_place, following, inside, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+            x_1 = load_x(x_place, following, inside, M, 1, form)
     else:  # ptxas moves the loads of the next chunk's weights between the two
         if first + this_k_warp < end:
             w = _shared_out(w, lane, BLOCK, TILES)
             acc = _half_chunk(acc, w, x, scales, lane, 0, BLOCK, TILES, GROUPS, KIND)
-        x = load_x(x_place, following, inside, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x = load_x(x_place, following, inside, M, 0, form)
         if first + this_k_warp < end:
             acc = _half_chunk(acc, w, x_1, scales, lane, 1, BLOCK, TILES, GROUPS, KIND)
-        x_1 = load_x(x_place, following, inside, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x_1 = load_x(x_place, following, inside, M, 1, form)
     return acc, x, x_1

@@ -22,57 +22,36 @@ chunks_of = triton.constexpr_function(chunks)
 
 
 @gluon.jit
-def rows_of(
-    packed_ptr,
-    g,
-    t,
-    row_warp,
-    begin,
-    N,
-    K: gl.constexpr,
-    PHASES: gl.constexpr,
-    TILES: gl.constexpr,
-    ROWS: gl.constexpr,
-):
+def rows_of(packed_ptr, g, t, row_warp, begin, N, form: gl.constexpr):
     """The rows of W that a program has.
 
     Returns:
         (for all lanes the first row, and where rows begin anywhere its phase and the rows of that, else the first chunk
         `begin`; this lane's first row; where its bytes begin; the weights before a row in its first window).
     """
-    if PHASES > 0:
-        phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, K, PHASES)
-        first_row = number * ROWS
-        row = first_row + row_warp * (16 * TILES) + g
+    if form.PHASES > 0:
+        phase, number, phase_rows, shift = phase_of(gl.program_id(1), N, form.K, form.PHASES)
+        first_row = number * form.ROWS
+        row = first_row + row_warp * (16 * form.TILES) + g
         rows = (first_row, phase, phase_rows)
-        address = row_addresses(packed_ptr, row, t, phase, phase_rows, K, PHASES, TILES)
+        address = row_addresses(packed_ptr, row, t, phase, phase_rows, form.K, form.PHASES, form.TILES)
     else:
         # The last program takes whole tiles too: where N is no multiple it computes rows again that its neighbour has.
-        first_row = gl.minimum(gl.program_id(1) * ROWS, N - ROWS)
-        row = first_row + row_warp * (16 * TILES) + g
+        first_row = gl.minimum(gl.program_id(1) * form.ROWS, N - form.ROWS)
+        row = first_row + row_warp * (16 * form.TILES) + g
         rows = (first_row, begin)
-        address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + t * 16
+        address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (form.K // 2) + t * 16
         shift = 0
     return rows, row, address, shift
 
 
 @gluon.jit
-def load_weights(
-    address,
-    chunk,
-    t,
-    shift,
-    last,
-    K: gl.constexpr,
-    PHASES: gl.constexpr,
-    TAIL: gl.constexpr,
-    TILES: gl.constexpr,
-):
+def load_weights(address, chunk, t, shift, last, form: gl.constexpr):
     """16 bytes of rows g and g + 8 of each tile: 8 TILES registers."""
-    if PHASES > 0:
-        w = load_ragged(address, chunk, t, shift, last, K, TAIL, TILES)
+    if form.PHASES > 0:
+        w = load_ragged(address, chunk, t, shift, last, form.K, form.TAIL, form.TILES)
     else:
-        w = _load_whole(address + _chunk_offset(chunk, t, K), K, TILES)
+        w = _load_whole(address + _chunk_offset(chunk, t, form.K), form.K, form.TILES)
     return w
 
 
@@ -85,15 +64,16 @@ def _load_whole(address, K: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_weights(address, chunk, t, shift, K: gl.constexpr, PHASES: gl.constexpr, TILES: gl.constexpr):
+def fetch_weights(address, chunk, t, shift, form: gl.constexpr):
     """Bring what `load_weights` would load into the L2 cache."""
-    if PHASES > 0:
-        fetch_ragged(address, chunk, t, shift, K, TILES)
+    TILES: gl.constexpr = form.TILES
+    if form.PHASES > 0:
+        fetch_ragged(address, chunk, t, shift, form.K, TILES)
     else:
-        address += _chunk_offset(chunk, t, K)
+        address += _chunk_offset(chunk, t, form.K)
         for tile in gl.static_range(TILES):
-            fetch(address + 16 * tile * (K // 2))
-            fetch(address + (16 * tile + 8) * (K // 2))
+            fetch(address + 16 * tile * (form.K // 2))
+            fetch(address + (16 * tile + 8) * (form.K // 2))
 
 
 @gluon.jit
@@ -116,80 +96,58 @@ def _load_eight(address, k, inside, K: gl.constexpr, PHASES: gl.constexpr):
 
 
 @gluon.jit
-def place_in_x(
-    x_ptr,
-    g,
-    t,
-    shift,
-    M,
-    K: gl.constexpr,
-    BLOCK: gl.constexpr,
-    PAIRED: gl.constexpr,
-    ARRANGED: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
+def place_in_x(x_ptr, g, t, shift, M, form: gl.constexpr):
     """What a lane reads of x: ((address of its first k of a chunk, that k in the row, its column), where it reads any,
     int32)."""
-    if PAIRED:
-        SCALES: gl.constexpr = CHUNK // BLOCK
-        column = g % (8 // SCALES)
-        inside = ((column < M) & (g // (8 // SCALES) == t // (4 // SCALES))).to(gl.int32)
-        x_row = column * K
+    if form.PAIRED:
+        column = g % (8 // form.SCALES)
+        inside = ((column < M) & (g // (8 // form.SCALES) == t // (4 // form.SCALES))).to(gl.int32)
+        x_row = column * form.K
         lane_k = t * 32
     else:
         column = g
         inside = g * 0 + 1
-        x_row = column * K
-        lane_k = t % 2 * 32 + t // 2 * 8 if BLOCK == 64 else t * 8
-    if ARRANGED:
-        address = _arranged_address(x_ptr, lane_k, g, shift, K, BLOCK, COLUMNS)
+        x_row = column * form.K
+        lane_k = t % 2 * 32 + t // 2 * 8 if form.BLOCK == 64 else t * 8
+    if form.ARRANGED:
+        address = _arranged_address(x_ptr, lane_k, g, shift, form.K, form.BLOCK, form.COLUMNS)
     else:
         address = x_ptr.to(gl.int64) + (x_row + lane_k - shift) * 2
     return (address, lane_k - shift, column), inside
 
 
 @gluon.jit
-def load_x_paired(place, chunk, t, inside, K: gl.constexpr, PHASES: gl.constexpr):
+def load_x_paired(place, chunk, t, inside, form: gl.constexpr):
     """x of one chunk for M <= 4, in the fragments' order of k: 16 registers."""
     address, first_k, _ = place
-    if PHASES == 0 and K % CHUNK:
-        inside = inside & ((chunk < K // CHUNK) | (t < 2)).to(gl.int32)
+    if form.PHASES == 0 and form.K % CHUNK:
+        inside = inside & ((chunk < form.K // CHUNK) | (t < 2)).to(gl.int32)
     k = first_k + chunk * CHUNK
     x = ()
     for part in gl.static_range(4):
-        x = x + _load_eight(address + chunk * (2 * CHUNK) + 16 * part, k + 8 * part, inside, K, PHASES)
+        x = x + _load_eight(address + chunk * (2 * CHUNK) + 16 * part, k + 8 * part, inside, form.K, form.PHASES)
     return x
 
 
 @gluon.jit
-def load_x(
-    place,
-    chunk,
-    inside,
-    M,
-    HALF: gl.constexpr,
-    K: gl.constexpr,
-    BLOCK: gl.constexpr,
-    ARRANGED: gl.constexpr,
-    PHASES: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
+def load_x(place, chunk, inside, M, HALF: gl.constexpr, form: gl.constexpr):
     """x of the first or second half of a chunk, in the fragments' order of k: 8 registers for each 8 columns."""
     address, first_k, column = place
-    if HALF == 1 and PHASES == 0 and K % CHUNK:
-        inside = inside & (chunk < K // CHUNK).to(gl.int32)
-    SECOND: gl.constexpr = 16 if BLOCK == 64 else 32
+    GROUPS: gl.constexpr = form.GROUPS
+    if HALF == 1 and form.PHASES == 0 and form.K % CHUNK:
+        inside = inside & (chunk < form.K // CHUNK).to(gl.int32)
+    SECOND: gl.constexpr = 16 if form.BLOCK == 64 else 32
     k = first_k + chunk * CHUNK + HALF * (CHUNK // 2)
     x = ()
-    for j in gl.static_range(COLUMNS // 8):
-        if ARRANGED:
-            there = address[0] + chunk * (CHUNK * 16) + (HALF * (CHUNK * 8) + j * (_groups_of(K) * 128))
+    for j in gl.static_range(GROUPS):
+        if form.ARRANGED:
+            there = address[0] + chunk * (CHUNK * 16) + (HALF * (CHUNK * 8) + j * (_groups_of(form.K) * 128))
             x = x + load_vector(there) + load_vector(there + address[1])
         else:
-            here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * K
+            here = address + chunk * (2 * CHUNK) + HALF * CHUNK + 16 * j * form.K
             group = inside & (column + 8 * j < M).to(gl.int32)
-            x = x + _load_eight(here, k, group, K, PHASES)
-            x = x + _load_eight(here + 2 * SECOND, k + SECOND, group, K, PHASES)
+            x = x + _load_eight(here, k, group, form.K, form.PHASES)
+            x = x + _load_eight(here + 2 * SECOND, k + SECOND, group, form.K, form.PHASES)
     return x
 
 

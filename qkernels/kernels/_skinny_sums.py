@@ -22,24 +22,20 @@ def add_and_store(
     N,
     HAS_BIAS: gl.constexpr,
     ALPHA: gl.constexpr,
-    PAIRED: gl.constexpr,
-    PHASES: gl.constexpr,
-    BLOCK: gl.constexpr,
-    TILES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    ROW_WARPS: gl.constexpr,
-    PARTS: gl.constexpr,
-    num_warps: gl.constexpr,
+    form: gl.constexpr,
 ):
     """Add up the warps along K, in their order, and store.  Shared memory holds [value][thread], float32.
 
     `rows` are the program's first row, and where rows begin anywhere its phase and the rows of that.  Of K in parts
     they are this program's part of the results, [m][row] in float32.
     """
-    SUMS: gl.constexpr = 128 // BLOCK if PAIRED else 1  # lanes with a sum of the same result
+    SUMS: gl.constexpr = form.SCALES if form.PAIRED else 1  # lanes with a sum of the same result
     first_row = rows[0]
-    K_WARPS: gl.constexpr = num_warps // ROW_WARPS
-    THREADS: gl.constexpr = 32 * num_warps
+    TILES: gl.constexpr = form.TILES
+    GROUPS: gl.constexpr = form.GROUPS
+    ROW_WARPS: gl.constexpr = form.ROW_WARPS
+    K_WARPS: gl.constexpr = form.K_WARPS
+    THREADS: gl.constexpr = form.THREADS
     VALUES: gl.constexpr = TILES * GROUPS * 4
     RESULTS: gl.constexpr = VALUES * ROW_WARPS * 32
     for first in gl.static_range(0, RESULTS, THREADS):
@@ -58,18 +54,18 @@ def add_and_store(
             for k_warp in gl.static_range(1, K_WARPS):
                 second += load_shared(address + 16 // SUMS * block + 128 * k_warp)
             total += second
-        if PAIRED:
+        if form.PAIRED:
             inside = inside & (lane % 4 < 4 // SUMS)
         row = first_row + (row_warp * TILES + value // (4 * GROUPS)) * 16 + value // 2 % 2 * 8 + lane // 4
         inside = inside & (column < M)
-        if PHASES > 0:
+        if form.PHASES > 0:
             inside = inside & (row < rows[2])
-            row = row * PHASES + rows[1]
+            row = row * form.PHASES + rows[1]
         total = total * (1.0 / ALPHA)
         if HAS_BIAS:
-            with_bias = inside & (gl.program_id(2) == 0) if PARTS > 1 else inside
+            with_bias = inside & (gl.program_id(2) == 0) if form.PARTS > 1 else inside
             total += gl.load(bias_ptr + row, mask=with_bias, other=0.0).to(gl.float32)
-        if PARTS > 1:
+        if form.PARTS > 1:
             gl.store(out_ptr + column * (16 * TILES * ROW_WARPS) + (row - first_row), total, mask=inside)
         else:
             gl.store(out_ptr + column.to(gl.int64) * N + row, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -41,17 +41,8 @@ from ._launch import Launch, early_and_late
 from ._pairs import ALPHA, pair_codes
 from ._ragged_rows import load_last
 from ._skinny_chunk import add_chunk, zeros
-from ._skinny_inputs import (
-    CHUNK,
-    chunks_of,
-    fetch_weights,
-    fill_table,
-    load_weights,
-    load_x,
-    load_x_paired,
-    place_in_x,
-    rows_of,
-)
+from ._skinny_form import form_of
+from ._skinny_inputs import fetch_weights, fill_table, load_weights, load_x, load_x_paired, place_in_x, rows_of
 from ._skinny_scales import fetch_scales, load_batch, load_map, store_map, store_scales
 from ._skinny_sums import add_and_store
 from ._sum_parts import PartsSum, parts_sum
@@ -92,16 +83,29 @@ def _matmul_skinny_kernel(
     PHASES: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    num_warps: gl.constexpr = gl.num_warps()
-    K_WARPS: gl.constexpr = num_warps // ROW_WARPS
-    THREADS: gl.constexpr = 32 * num_warps
-    ROWS: gl.constexpr = 16 * TILES * ROW_WARPS
-    GROUPS: gl.constexpr = COLUMNS // 8
-    BLOCK: gl.constexpr = min(QUANT_BLOCK, 64)
-    SCALES: gl.constexpr = CHUNK // BLOCK  # of a row and chunk
-    CHUNKS: gl.constexpr = chunks_of(K)
-    PART: gl.constexpr = (CHUNKS + PARTS - 1) // PARTS  # chunks of a program
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    WARPS: gl.constexpr = gl.num_warps()
+    form: gl.constexpr = form_of(
+        K,
+        NESTED,
+        NESTED_BLOCK,
+        QUANT_BLOCK,
+        KIND,
+        COLUMNS,
+        PAIRED,
+        TILES,
+        ROW_WARPS,
+        ONE_BRANCH,
+        PARTS,
+        ARRANGED,
+        PHASES,
+        TAIL,
+        WARPS,
+    )
+    THREADS: gl.constexpr = form.THREADS
+    K_WARPS: gl.constexpr = form.K_WARPS
+    ROWS: gl.constexpr = form.ROWS
+    VALUES: gl.constexpr = 4 * TILES * form.GROUPS  # sums of a thread
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     memory = gl.allocate_shared_memory(
         gl.float32, [SHARED_BYTES // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -119,54 +123,39 @@ def _matmul_skinny_kernel(
     if not ARRANGED:
         x_ptr += gl.program_id(0) * (COLUMNS * K)
     begin = 0
-    end = CHUNKS
+    end = form.CHUNKS
     if PARTS > 1:
-        begin = gl.program_id(2) * PART
-        end = gl.minimum(begin + PART, CHUNKS)
+        begin = gl.program_id(2) * form.PART
+        end = gl.minimum(begin + form.PART, form.CHUNKS)
         tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
         out_ptr += (tile * PARTS + gl.program_id(2)).to(gl.int64) * (ROWS * COLUMNS)
     else:
         out_ptr += (gl.program_id(0) * COLUMNS).to(gl.int64) * N
     M -= gl.program_id(0) * COLUMNS
-    rows, row, w_address, shift = rows_of(packed_ptr, g, t, row_warp, begin, N, K, PHASES, TILES, ROWS)
-    x_place, inside = place_in_x(x_ptr, g, t, shift, M, K, BLOCK, PAIRED, ARRANGED, COLUMNS)
+    rows, row, w_address, shift = rows_of(packed_ptr, g, t, row_warp, begin, N, form)
+    x_place, inside = place_in_x(x_ptr, g, t, shift, M, form)
 
     if EARLY:
-        fill_table(shared, warp, lane, CODES, num_warps)
+        fill_table(shared, warp, lane, CODES, WARPS)
         first_chunk = gl.minimum(begin + k_warp, end - 1)
-        fetch_weights(w_address, first_chunk, t, shift, K, PHASES, TILES)
+        fetch_weights(w_address, first_chunk, t, shift, form)
         if NESTED and PHASES == 0 and PARTS == 1:
-            fetch_scales(absmax_8bit_ptr, rows[0], thread, K, QUANT_BLOCK, ROWS, THREADS)
+            fetch_scales(absmax_8bit_ptr, rows[0], thread, form)
         wait_for_previous(thread)
         let_next_begin(thread)
     last = ()
     if TAIL:
         last = load_last(packed_ptr, row, rows[1], rows[2], N, K, PHASES)
-    first_scales = load_batch(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        rows,
-        warp,
-        lane,
-        0,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-        ROWS,
-        PHASES,
-        PART,
-        num_warps,
-    )
+    first_scales = load_batch(absmax_ptr, absmax_8bit_ptr, rows, warp, lane, 0, form)
     chunk = gl.minimum(begin + k_warp, end - 1)
     inside_now = inside * (begin + k_warp < end).to(gl.int32)
-    w = load_weights(w_address, chunk, t, shift, last, K, PHASES, TAIL, TILES)
+    w = load_weights(w_address, chunk, t, shift, last, form)
     if PAIRED:
-        x = load_x_paired(x_place, chunk, t, inside_now, K, PHASES)
+        x = load_x_paired(x_place, chunk, t, inside_now, form)
         x_1 = ()
     else:
-        x = load_x(x_place, chunk, inside_now, M, 0, K, BLOCK, ARRANGED, PHASES, COLUMNS)
-        x_1 = load_x(x_place, chunk, inside_now, M, 1, K, BLOCK, ARRANGED, PHASES, COLUMNS)
+        x = load_x(x_place, chunk, inside_now, M, 0, form)
+        x_1 = load_x(x_place, chunk, inside_now, M, 1, form)
     offset = 0.0
     map_entries = ()
     if NESTED:  # before the scales are there: what is looked up for them should not be waited for after them
@@ -174,43 +163,25 @@ def _matmul_skinny_kernel(
         offset = gl.load(absmax_offset_ptr)
     wait_for_all(thread)
     if not EARLY:
-        fill_table(shared, warp, lane, CODES, num_warps)
+        fill_table(shared, warp, lane, CODES, WARPS)
     if NESTED:
         store_map(map_address, map_entries, thread, THREADS)
         wait_for_all(thread)
-    store_scales(
-        scales,
-        first_scales,
-        map_address,
-        offset,
-        absmax_ptr,
-        absmax_8bit_ptr,
-        rows,
-        warp,
-        lane,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-        ROWS,
-        PHASES,
-        PART,
-        num_warps,
-    )
+    store_scales(scales, first_scales, map_address, offset, absmax_ptr, absmax_8bit_ptr, rows, warp, lane, form)
     wait_for_all(thread)
 
     acc = zeros(lane)
-    for _ in gl.static_range(1, TILES * GROUPS):
+    for _ in gl.static_range(1, VALUES // 4):
         acc = acc + zeros(lane)
     this_k_warp = warp_number(K_WARPS)
-    for step in range((PART + K_WARPS - 1) // K_WARPS):
+    for step in range((form.PART + K_WARPS - 1) // K_WARPS):
         chunk = begin + step * K_WARPS + k_warp
         following = gl.minimum(chunk + K_WARPS, end - 1)
         inside_then = inside * (chunk + K_WARPS < end).to(gl.int32)
         # A warp without a chunk of its own has zeros for x and computes with the last one's scales.
-        here = scales + (gl.minimum(chunk, end - 1) - begin) * ((ROWS + 1) * 4 * SCALES)
-        here += (row_warp * (16 * TILES) + g) * (4 * SCALES)
-        w_then = load_weights(w_address, following, t, shift, last, K, PHASES, TAIL, TILES)
+        here = scales + (gl.minimum(chunk, end - 1) - begin) * ((ROWS + 1) * 4 * form.SCALES)
+        here += (row_warp * (16 * TILES) + g) * (4 * form.SCALES)
+        w_then = load_weights(w_address, following, t, shift, last, form)
         acc, x, x_1 = add_chunk(
             w,
             x,
@@ -225,41 +196,15 @@ def _matmul_skinny_kernel(
             following,
             inside_then,
             M,
-            K,
-            BLOCK,
-            PAIRED,
-            ONE_BRANCH,
-            ARRANGED,
-            PHASES,
-            TILES,
-            COLUMNS,
-            KIND,
+            form,
         )
         w = w_then
     wait_for_all(thread)  # the table and the scales make room for the sums
     memory.index(0).store(acc[0])  # and the others by address: each of Gluon's stores would wait for all
-    for value in gl.static_range(1, 4 * TILES * GROUPS):
+    for value in gl.static_range(1, VALUES):
         store_shared(shared + (value * THREADS + thread) * 4, acc[value].to(gl.int32, bitcast=True))
     wait_for_all(thread)
-    add_and_store(
-        shared,
-        bias_ptr,
-        out_ptr,
-        thread,
-        rows,
-        M,
-        N,
-        HAS_BIAS,
-        ALPHA,
-        PAIRED,
-        PHASES,
-        BLOCK,
-        TILES,
-        GROUPS,
-        ROW_WARPS,
-        PARTS,
-        num_warps,
-    )
+    add_and_store(shared, bias_ptr, out_ptr, thread, rows, M, N, HAS_BIAS, ALPHA, form)
 
 
 _LAUNCHERS = early_and_late(_matmul_skinny_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
