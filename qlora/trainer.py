@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.grad_mode import set_multithreading_enabled
 from trl import SFTTrainer
 
 from . import places
@@ -57,7 +58,9 @@ class Trainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As TRL's; then the next batch is made, for which the GPU would wait between the steps."""
-        loss = super().training_step(*args, **kwargs)
+        # The backward pass in this thread: to wake another one takes a part of a millisecond, in which the GPU waits.
+        with set_multithreading_enabled(False):
+            loss = super().training_step(*args, **kwargs)
         # A copy to the GPU that is waited for would wait for the backward pass too.
         is_free = self.accelerator.device.type == "cpu" or self.accelerator.non_blocking
         if self._batches is not None and is_free and self.state.global_step + 1 < self.state.max_steps:

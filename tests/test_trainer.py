@@ -11,6 +11,7 @@ from models import TARGETS, VOCABULARY, save_tiny
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
+from torch._C import _is_multithreading_enabled as is_multithreading_enabled
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -194,6 +195,18 @@ def test_the_host_never_waits_within_a_step(folder, tmp_path, monkeypatch, kind,
     monkeypatch.setattr(SFTTrainer, "training_step", watched)
     trained(kind, folder, tmp_path, max_steps=2)
     assert bool(found) is waits
+
+
+def test_the_backward_pass_is_in_the_thread_of_the_step(folder, tmp_path, monkeypatch):
+    """On a GPU autograd would wake another one for it."""
+    backward = torch.Tensor.backward
+    found = []
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: found.append(is_multithreading_enabled()) or backward(loss)
+    )
+    trained(Trainer, folder, tmp_path, max_steps=1)
+    assert found == [False]
+    assert is_multithreading_enabled()
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"max_steps": 2, "gradient_accumulation_steps": 2}], ids=str)
