@@ -7,6 +7,7 @@ y = F.matmul_4bit(x, packed, state)
 
 from .dispatch import explain
 from .errors import UserError
+from .few_rows import normalize, token_attention
 from .format import (
     BLOCKSIZES,
     FLOAT_DTYPES,
@@ -55,10 +56,12 @@ __all__ = [
     "matmul_4bit",
     "matmul_4bit_dx",
     "matmul_4bit_lora",
+    "normalize",
     "packed_length",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
     "seeded_dropout",
+    "token_attention",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from .errors import UserError
 from .format import BLOCKSIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE, QUANT_STORAGES, QUANT_TYPES, block_count, packed_length
+from .norm import LARGEST_ROW
 from .quant_state import QuantState
 
 
@@ -258,6 +259,78 @@ def check_dropout(name: str, x: torch.Tensor, p: float, seed: torch.Tensor) -> N
             got=f"{p}, {seed.dtype}{list(seed.shape)}",
             remedy="Make a seed by torch.randint(2**63 - 1, (1,), device=x.device).",
         )
+
+
+def check_normalized(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> None:
+    """Rows of 1 to `LARGEST_ROW` elements, a weight and a bias for each, and a residual like x."""
+    check_floating("x", x)
+    size = x.shape[-1] if x.dim() else 0
+    if not 1 <= size <= LARGEST_ROW:
+        raise UserError(
+            "x.shape",
+            expected=f"[..., C] with C from 1 to {LARGEST_ROW}",
+            got=list(x.shape),
+            remedy="Longer rows are for torch.nn.functional.layer_norm and rms_norm.",
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_floating(name, tensor)
+            _check_beside(name, tensor, (size,), "x", x)
+    if residual is not None:
+        _check_beside("residual", residual, tuple(x.shape), "x", x)
+        _check_dtype("residual", residual, x.dtype)
+
+
+def check_token_attention(query: torch.Tensor, others: dict[str, torch.Tensor], length: torch.Tensor) -> None:
+    """`others`: key and value like the query; keys, values and a bias [rows or 1, heads, 1, L] of its cache."""
+    check_floating("query", query)
+    if query.dim() != 4 or query.shape[2] != 1:
+        raise UserError(
+            "query.shape",
+            expected="[rows, heads, 1, D]",
+            got=list(query.shape),
+            remedy="It is for one new token; several are for torch.nn.functional.scaled_dot_product_attention.",
+        )
+    rows, heads, _, size = query.shape
+    cache = rows, heads, others["keys"].shape[2] if others["keys"].dim() == 4 else 0, size
+    bias_rows = 1 if others["bias"].shape[:1] == (1,) else rows
+    shapes = {"keys": cache, "values": cache, "bias": (bias_rows, heads, 1, cache[2])}
+    for name, tensor in others.items():
+        _check_beside(name, tensor, shapes.get(name, tuple(query.shape)), "query", query)
+        _check_dtype(name, tensor, query.dtype)
+        if name in ("keys", "values") and not tensor.is_contiguous():
+            raise UserError(
+                name,
+                expected="a contiguous tensor",
+                got=f"strides {tensor.stride()}",
+                remedy="It is written in its place.",
+            )
+    check_same_device("length", length, "query", query)
+    if length.dtype != torch.int64 or length.numel() != 1:
+        raise UserError(
+            "length",
+            expected="one int64",
+            got=f"{length.dtype}{list(length.shape)}",
+            remedy="Pass the number of tokens in the cache as a tensor.",
+        )
+
+
+def _check_beside(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], other_name: str, other: torch.Tensor
+) -> None:
+    """A shape, on the device of another tensor."""
+    check_same_device(name, tensor, other_name, other)
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{name}.shape", expected=str(list(shape)), got=list(tensor.shape), remedy=f"It must fit {other_name}."
+        )
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise UserError(f"{name}.dtype", expected=str(dtype), got=tensor.dtype, remedy=f"Convert it with .to({dtype}).")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -23,6 +23,7 @@ from .dense import linear
 from .dispatch import Plan, Weight, capability_of, inner_form
 from .dropout import dropout_reference
 from .format import block_count, packed_length
+from .norm import normalize_reference
 from .reference import (
     decode_absmax_reference,
     dequantize_4bit_reference,
@@ -30,6 +31,7 @@ from .reference import (
     quantize_4bit_reference,
     quantize_blockwise_reference,
 )
+from .token_attention import token_attention_reference
 
 _NESTED = "Tensor? absmax_8bit, Tensor? absmax_code, Tensor? absmax_offset"
 _WEIGHT = "Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type"
@@ -61,6 +63,15 @@ SCHEMAS = {
     ),
     # kept elements times scale; the mask is a function of the seed
     "dropout": "(Tensor x, Tensor seed, int threshold, float scale) -> Tensor",
+    # x + residual (empty without one), and its rows normalized
+    "normalize": (
+        "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered) -> (Tensor, Tensor)"
+    ),
+    # the attention of a token that is put into the cache
+    "token_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor bias)"
+        " -> Tensor"
+    ),
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"qkernels::{_name}", _schema)
@@ -173,6 +184,19 @@ def _(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("qkernels::normalize")
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("qkernels::token_attention")
+def _(query: Tensor, *args: object) -> Tensor:
+    rows, heads, _, size = query.shape
+    return query.new_empty(rows, 1, heads * size)
+
+
 # ---- CPU: the reference ----
 
 
@@ -231,6 +255,18 @@ def _(*args: object, out: Tensor) -> None:
 @torch.library.impl("qkernels::dropout", "CPU")
 def _(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
     return dropout_reference(x, seed, threshold, scale)
+
+
+@torch.library.impl("qkernels::normalize", "CPU")
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    return normalize_reference(x, residual, weight, bias, eps, centered)
+
+
+@torch.library.impl("qkernels::token_attention", "CPU")
+def _(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, bias: Tensor) -> Tensor:
+    return token_attention_reference(query, key, value, keys, values, length, bias)
 
 
 # The product is dequantization to the activations' dtype and the platform's matrix product.

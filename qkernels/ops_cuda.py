@@ -23,13 +23,16 @@ from .kernels.matmul_skinny import skinny_launch
 from .kernels.matmul_skinny_dx import matmul_skinny_dx_triton
 from .kernels.matmul_wgmma import matmul_wgmma_triton
 from .kernels.mean import ORDER_IS_KNOWN, SLOTS, partial_sums_triton, summation_order
+from .kernels.norm import norm_triton
 from .kernels.quantize import quantize_4bit_triton
-from .tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
+from .kernels.token_attention import token_attention_triton
+from .tuning import DROPOUT_CONFIG, elementwise_config, norm_config, partial_sums_config, token_attention_config
 from .tuning.skinny import skinny_config
 from .tuning.skinny_dx import skinny_dx_config
 from .tuning.wgmma import wgmma_config
 
 _NOTHING = nullcontext()
+_EARLY_CAPABILITY = (9, 0)  # from which on a launch may begin while the one before it ends
 # torch.empty on the current device past torch's dispatcher, which takes longer than the rest of it; as in the code that
 # torch.compile generates.
 _empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
@@ -128,6 +131,23 @@ def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int
 def dropout(x: Tensor, seed: Tensor, threshold: int, scale: float) -> Tensor:
     with on_device_of(x):
         return dropout_triton(x, seed, threshold, scale, DROPOUT_CONFIG)
+
+
+def normalize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, Tensor]:
+    with on_device_of(x):
+        early = capability_of(x.get_device()) >= _EARLY_CAPABILITY
+        return norm_triton(x, residual, weight, bias, eps, centered, norm_config(x.shape[-1]), early)
+
+
+def token_attention(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, bias: Tensor
+) -> Tensor:
+    with on_device_of(query):
+        early = capability_of(query.get_device()) >= _EARLY_CAPABILITY
+        config = token_attention_config(query.shape[-1], query.itemsize)
+        return token_attention_triton(query, key, value, keys, values, length, bias, config, early)
 
 
 # The products ask `dispatch.py`.  What no fused kernel takes is dequantized to the activations' dtype and handed to
@@ -279,6 +299,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "dequantize_blockwise": dequantize_blockwise,
     "dequantize_blockwise.out": dequantize_blockwise_out,
     "dropout": dropout,
+    "normalize": normalize,
+    "token_attention": token_attention,
     "gemm_4bit": gemm_4bit,
     "gemm_4bit_dx": gemm_4bit_dx,
 }

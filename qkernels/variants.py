@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,8 +30,17 @@ from .kernels.matmul_skinny import _matmul_skinny_kernel, ragged_constants, skin
 from .kernels.matmul_skinny_dx import _matmul_skinny_dx_kernel, float_codes, skinny_dx_constants
 from .kernels.matmul_wgmma import X_LAYOUT, _matmul_wgmma_kernel, wgmma_constants
 from .kernels.mean import CAPACITIES, SLOTS, _partial_sums_kernel
+from .kernels.norm import _norm_kernel
 from .kernels.quantize import _quantize_4bit_kernel
-from .tuning import DROPOUT_CONFIG, LaunchConfig, elementwise_config, partial_sums_config
+from .kernels.token_attention import _token_attention_kernel
+from .tuning import (
+    DROPOUT_CONFIG,
+    LaunchConfig,
+    elementwise_config,
+    norm_config,
+    partial_sums_config,
+    token_attention_config,
+)
 from .tuning.lora import DownConfig, TileConfig, down_config, grads_config, inner_parts, up_config
 from .tuning.skinny import SkinnyConfig, skinny_config
 from .tuning.skinny_dx import SkinnyDxConfig, skinny_dx_config
@@ -71,6 +81,8 @@ def variants(arch: str = "sm_75") -> Iterator[Variant]:
     if arch != "sm_75":  # `tl.dot` has no tensor cores there
         yield from _lora()
     yield from _dropout()
+    yield from _token_attention(int(arch.removeprefix("sm_")))
+    yield from _norm(int(arch.removeprefix("sm_")))
     yield from _partial_sums()
     for blocksize in BLOCKSIZES:
         for dtype in _DTYPES:
@@ -111,6 +123,38 @@ def _dropout() -> Iterator[Variant]:
                 {"THRESHOLD": threshold, "SCALE": scale, "BLOCK": DROPOUT_CONFIG.rows},
                 DROPOUT_CONFIG,
             )
+
+
+def _norm(sm: int) -> Iterator[Variant]:
+    """Both kinds, alone and after a sum; 4,096 elements and an odd number of them."""
+    for dtype, size, centered, summed in product(_DTYPES, (4096, 333), (True, False), (False, True)):
+        config, pointer = norm_config(size), f"*{dtype}"
+        given, absent = _optional(
+            (dict.fromkeys(("residual_ptr", "sum_ptr"), pointer), summed), ({"bias_ptr": pointer}, centered)
+        )
+        yield Variant(
+            f"norm {'layer' if centered else 'rms'}{' after a sum' if summed else ''} {dtype} of {size}",
+            _norm_kernel,
+            dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), pointer) | given,
+            {"EPS": 1e-5, "C": size, "BLOCK": config.rows, "CENTERED": centered, "HAS_RESIDUAL": summed}
+            | {"HAS_BIAS": centered, "EARLY": sm >= 90, "USE_ASM": True, **absent},
+            config,
+        )
+
+
+def _token_attention(sm: int) -> Iterator[Variant]:
+    """Heads of 128 and 64 elements, and of a number that is no power of two."""
+    tensors = ("query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "bias_ptr", "out_ptr")
+    sizes = {"L": "i32:16"} | dict.fromkeys(("stride_row", "stride_head", "bias_row", "bias_head"), "i32")
+    for dtype, size in product(_DTYPES, (128, 64, 20)):
+        config = token_attention_config(size, 4 if dtype == "fp32" else 2)
+        yield Variant(
+            f"token_attention {dtype} heads of {size}",
+            _token_attention_kernel,
+            dict.fromkeys(tensors, f"*{dtype}") | {"length_ptr": "*i64", **sizes},
+            {"D": size, "BLOCK_D": 1 << (size - 1).bit_length(), "KEYS": config.rows, "EARLY": sm >= 90},
+            config,
+        )
 
 
 def _tile(op: str, blocksize: int) -> tuple[dict[str, int], LaunchConfig]:

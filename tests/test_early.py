@@ -8,7 +8,7 @@ import pytest
 from triton import JITFunction
 
 from qkernels import aot
-from qkernels.kernels import matmul_skinny, matmul_skinny_dx, matmul_wgmma
+from qkernels.kernels import matmul_skinny, matmul_skinny_dx, matmul_wgmma, norm, token_attention
 from qkernels.tuning.skinny import skinny_config
 from qkernels.variants import Variant, skinny_dx_variant, skinny_variant, variants, wgmma_variant
 
@@ -33,6 +33,9 @@ def _named(beginning: str) -> Variant:
         wgmma_variant(64, "fp16", True, False),
         wgmma_variant(64, "bf16", False, False, rank=16),
         _named("sum_parts"),
+        _named("norm layer after a sum bf16 of 4096"),
+        _named("norm rms fp16 of 333"),
+        _named("token_attention fp16"),
     ],
     ids=lambda variant: variant.name,
 )
@@ -44,7 +47,7 @@ def test_it_waits_before_it_looks(variant):
     assert "griddepcontrol.launch_dependents" in ptx
 
 
-@pytest.mark.parametrize("module", [matmul_skinny, matmul_skinny_dx, matmul_wgmma])
+@pytest.mark.parametrize("module", [matmul_skinny, matmul_skinny_dx, matmul_wgmma, norm, token_attention])
 def test_the_gpu_is_told_of_those_that_wait_and_of_no_others(module, monkeypatch):
     told = []
 

@@ -17,6 +17,8 @@ FORBIDDEN = {
     "qkernels/format.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/adapter.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/dropout.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
+    "qkernels/norm.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
+    "qkernels/token_attention.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/quant_state.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),
     "qkernels/reference.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.checks"),
     "qkernels/checks.py": ("triton", "qkernels.kernels", "qkernels.ops", "qkernels.reference"),

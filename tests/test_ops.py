@@ -55,6 +55,14 @@ def test_dropout():
     opcheck(OPS.dropout.default, (torch.randn(5, 7), torch.tensor([3]), 1000, 1.5))
 
 
+def test_of_few_rows():
+    x, weight = torch.randn(3, 7), torch.randn(7)
+    opcheck(OPS.normalize.default, (x, x, weight, weight, 1e-5, True))
+    opcheck(OPS.normalize.default, (x, None, weight, None, 1e-5, False))
+    query, keys, bias = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 9, 8), torch.randn(1, 3, 1, 9)
+    opcheck(OPS.token_attention.default, (query, query, query, keys, keys.clone(), torch.tensor(4), bias))
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])
 def test_every_operator_is_implemented_on_both_devices(name, key):

@@ -71,3 +71,25 @@ def partial_sums_config(ctas: int) -> LaunchConfig:
             spread over 16 programs, a component a thread, for more loads in flight.
     """
     return LaunchConfig(512, 16) if ctas > 1 else LaunchConfig(32, 4)
+
+
+@lru_cache
+def norm_config(size: int) -> LaunchConfig:
+    """Configuration of the normalization: a program holds a row, 8 elements a thread where 1,024 threads are enough.
+
+    Args:
+        size: of a row.
+    """
+    block = max(128, 1 << (size - 1).bit_length())
+    return LaunchConfig(block, max(1, min(32, block // 256)))
+
+
+@lru_cache
+def token_attention_config(size: int, itemsize: int) -> LaunchConfig:
+    """Configuration of a token's attention; rows are keys of a block, two of which a thread holds in 128 registers.
+
+    Args:
+        size: of a head.
+        itemsize: bytes of an element.
+    """
+    return LaunchConfig(max(16, 32768 // itemsize >> (size - 1).bit_length()), 8)

@@ -20,7 +20,10 @@ from qkernels.kernels.blockwise import (
 from qkernels.kernels.dequantize import dequantize_4bit_triton
 from qkernels.kernels.dropout import dropout_triton
 from qkernels.kernels.mean import order_of, partial_sums_triton
+from qkernels.kernels.norm import norm_triton
 from qkernels.kernels.quantize import quantize_4bit_triton
+from qkernels.kernels.token_attention import token_attention_triton
+from qkernels.norm import normalize_reference
 from qkernels.reference import (
     decode_absmax_reference,
     dequantize_4bit_reference,
@@ -29,7 +32,14 @@ from qkernels.reference import (
     quantize_4bit_reference,
     quantize_blockwise_reference,
 )
-from qkernels.tuning import DROPOUT_CONFIG, elementwise_config, partial_sums_config
+from qkernels.token_attention import token_attention_reference
+from qkernels.tuning import (
+    DROPOUT_CONFIG,
+    LaunchConfig,
+    elementwise_config,
+    norm_config,
+    partial_sums_config,
+)
 
 # bf16 is not tried: the interpreter computes in numpy, which has no such type.
 DTYPES = [torch.float32, torch.float16]
@@ -182,3 +192,35 @@ def test_dropout(p, dtype):
         values, seed = awkward_values(n, dtype), torch.randint(2**63 - 1, (1,))
         arguments = (seed, *threshold_and_scale(p))
         assert_bits_equal(dropout_triton(values, *arguments, DROPOUT_CONFIG), dropout_reference(values, *arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("summed", [True, False])
+def test_norm(summed, centered, dtype):
+    for C in (1, 64, 333, 4096):
+        x, residual = (2 * torch.randn(2, 3, C).to(dtype) + 1 for _ in range(2))
+        weight, bias = torch.randn(2, C).to(dtype)
+        inputs = x, residual if summed else None, weight, bias if centered else None, 1e-3, centered
+        for found, expected in zip(
+            norm_triton(*inputs, norm_config(C), early=False), normalize_reference(*inputs), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 76])
+def test_token_attention(length, dtype):
+    for size, rows in ((16, 1), (20, 2)):
+        fused = torch.randn(rows, 1, 3, 3, size).to(dtype)
+        new = [part.transpose(1, 2) for part in fused.unbind(3)]
+        cache = torch.randn(2, rows, 3, 77, size).to(dtype)
+        cache[:, :, :, length:] = torch.nan  # what is there must not matter
+        bias = (4 * torch.randn(1 + length % 2 * (rows - 1), 3, 1, 80)).to(dtype)[..., :77]
+        copies = cache.clone()
+        arguments = torch.tensor(length), bias
+        for config in (LaunchConfig(32, 4), LaunchConfig(128, 4)):
+            found = token_attention_triton(*new, *cache.unbind(0), *arguments, config, early=False)
+            expected = token_attention_reference(*new, *copies.unbind(0), *arguments)
+            assert_bits_equal(cache.nan_to_num(7.0), copies.nan_to_num(7.0))
+            torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
