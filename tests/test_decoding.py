@@ -99,6 +99,22 @@ def test_a_layer_takes_tokens_as_transformers_does():
     assert int(ours.get_seq_length()) == 0
 
 
+def test_layers_that_count_together():
+    torch.manual_seed(2)
+    ours, theirs = ([StaticLayer(16) for _ in range(3)] for _ in range(2))
+    TokenLayer.exchange(ours)
+    assert ours[0].get_seq_length() == 0
+    for length in (5, 1, 3, 1):
+        for own, other in zip(ours, theirs, strict=True):
+            states = torch.randn(2, 2, 3, length, 8)
+            assert all(map(torch.equal, own.update(*states), other.update(*states)))
+        assert {int(layer.get_seq_length()) for layer in (*ours, *theirs)} == {int(theirs[0].get_seq_length())}
+        assert ours[0].cumulative_length is ours[2].cumulative_length
+    for layer in (*ours, *theirs):
+        layer.crop(-2)
+    assert {int(layer.get_seq_length()) for layer in (*ours, *theirs)} == {8}
+
+
 def test_the_layers_of_a_cache_are_such(captures):
     model = optimize_model(writing_model("bloom"))
     written(model, tokens(1, 9))

@@ -46,7 +46,8 @@ def optimize_model(
         model: Bloom, Llama (SmolLM2 too) or Mistral as transformers has it, quantized or not, alone or with peft's
             adapters; changed in place.
         attention: torch's fused attention; for Bloom with ALiBi as a small bias, and packed texts.
-        norm: a root-mean-square normalization in one kernel (Llama, Mistral).
+        norm: a root-mean-square normalization in one kernel (Llama, Mistral); of few rows LayerNorm's too, with the sum
+            before it.
         activation: Bloom's GELU in one kernel; of Llama's and Mistral's gated one less is kept for the backward pass.
         autocast: no casts where autocast's dtype is the model's anyway, so the residual stream stays in 16 bits; for
             Bloom it comes with `attention`.
@@ -81,6 +82,7 @@ def optimize_model(
         _refuse_sliced_products(base)
     exchanges: list[tuple[bool, _Exchange]] = [
         (attention, bloom.ATTENTION),
+        (norm and is_bloom, bloom.NORMS),
         (norm, llama.NORMS),
         (activation and getattr(base.config, "hidden_act", None) == "silu", llama.MLPS),
         (True, llama.BLOCKS),

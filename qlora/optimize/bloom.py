@@ -10,9 +10,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.models.bloom import modeling_bloom
 
@@ -23,7 +23,9 @@ from .autocast import without_casts
 from .cache import CACHE
 from .decoding import GeneratingModel
 from .graphs import BUCKET, can_capture
+from .norm import Norm, add_and_normalize, is_heard
 from .recompute import RecomputedBlock, RecomputedModel
+from .token_layer import TokenLayer
 
 
 class BloomAttention(modeling_bloom.BloomAttention):
@@ -32,17 +34,35 @@ class BloomAttention(modeling_bloom.BloomAttention):
     query_key_value: Any
     dense: Any
 
-    def attend(self, hidden: Tensor, residual: Tensor, bias: AttentionBias, cache: Any = None) -> Tensor:
-        """residual + attention(hidden), [batch, T, hidden size]."""
+    def attend(self, hidden: Tensor, bias: AttentionBias, cache: Any = None) -> Tensor:
+        """attention(hidden), [batch, T, hidden size], which the residual is to be added to."""
         batch, length, _ = hidden.shape
         # unbind, and not three slices: its backward writes the three gradients side by side in one kernel.
         fused = self.query_key_value(hidden).view(batch, length, self.num_heads, 3, self.head_dim)
         query, key, value = (tensor.transpose(1, 2) for tensor in fused.unbind(dim=3))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
         dropout = self.attention_dropout.p if self.training else 0.0
-        context = alibi_attention(query, key, value, bias, dropout).transpose(1, 2).reshape(batch, length, -1)
-        return _add(self.dense(context), residual, self.hidden_dropout, self.training)
+        layer: Any = cache.layers[self.layer_idx] if isinstance(cache, StaticCache) else None  # type: ignore[index]
+        if isinstance(layer, TokenLayer) and dropout == 0.0 and layer.attends(query):
+            context = layer.attend(query, key, value, bias.bias)
+        else:
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            context = alibi_attention(query, key, value, bias, dropout).transpose(1, 2).reshape(batch, length, -1)
+        branch = self.dense(context)
+        return F.dropout(branch, self.hidden_dropout, self.training) if self.hidden_dropout else branch
+
+
+class BloomMLP(modeling_bloom.BloomMLP):
+    """The products, and the sum after them where it is not left to a norm."""
+
+    gelu_impl: Any
+    dense_h_to_4h: Any
+    dense_4h_to_h: Any
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> Tensor:  # type: ignore[override]
+        branch = self.dense_4h_to_h(self.gelu_impl(self.dense_h_to_4h(hidden_states)))
+        branch = F.dropout(branch, self.hidden_dropout, self.training) if self.hidden_dropout else branch
+        return branch if residual is None else residual + branch
 
 
 class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
@@ -51,11 +71,28 @@ class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
     self_attention: BloomAttention
 
     def forward(self, hidden: Tensor, bias: AttentionBias, cache: Any = None) -> Tensor:  # type: ignore[override]
-        return self._run((self._attention_part, self._mlp_part), hidden, bias, cache)
+        if torch.is_grad_enabled():
+            return self._run((self._attention_part, self._mlp_part), hidden, bias, cache)
+        branch, residual = self.open(None, hidden, bias, cache)
+        return residual + branch
+
+    def open(
+        self, branch: Tensor | None, residual: Tensor, bias: AttentionBias, cache: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Branch and residual that the block ends with, from those before it: a norm takes the sum along."""
+        branch, residual = self._attention(branch, residual, bias, cache)
+        hidden, normalized = add_and_normalize(self.post_attention_layernorm, branch, residual)
+        return self.mlp(normalized, None), self._residual(normalized, hidden)
+
+    def _attention(
+        self, branch: Tensor | None, residual: Tensor, bias: AttentionBias, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        hidden, normalized = add_and_normalize(self.input_layernorm, branch, residual)
+        return self.self_attention.attend(normalized, bias, cache), self._residual(normalized, hidden)
 
     def _attention_part(self, hidden: Tensor, bias: AttentionBias, cache: Any) -> Tensor:
-        normalized = self.input_layernorm(hidden)
-        return self.self_attention.attend(normalized, self._residual(normalized, hidden), bias, cache)
+        branch, residual = self._attention(None, hidden, bias, cache)
+        return residual + branch
 
     def _mlp_part(self, hidden: Tensor, bias: AttentionBias, cache: Any) -> Tensor:
         normalized = self.post_attention_layernorm(hidden)
@@ -115,13 +152,19 @@ class BloomModel(modeling_bloom.BloomModel):
             hidden = self.word_embeddings_layernorm(embedded)
             bias = self._bias(hidden, cache, attention_mask, position_ids)
             if self._is_for_graphs(hidden, bias, cache, keep_states):
-                hidden = self._graphed(hidden, bias)
-            else:
+                hidden = self.ln_f(self._graphed(hidden, bias))
+            elif torch.is_grad_enabled() or keep_states or any(map(is_heard, self.h)):
                 for block in self.h:
                     if keep_states:
                         states.append(hidden)
                     hidden = block(hidden, bias, cache)
-            hidden = self.ln_f(hidden)
+                hidden = self.ln_f(hidden)
+            else:
+                branch = None
+                blocks: Any = self.h
+                for block in blocks:
+                    branch, hidden = block.open(branch, hidden, bias, cache)
+                hidden = add_and_normalize(self.ln_f, branch, hidden)[1]
         all_states = (*states, hidden) if keep_states else None
         if not return_dict:
             return tuple(value for value in (hidden, cache, all_states) if value is not None)
@@ -205,15 +248,23 @@ class BloomForCausalLM(RecomputedModel, GeneratingModel, modeling_bloom.BloomFor
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
 
-def _add(branch: Tensor, residual: Tensor, dropout: float, training: bool) -> Tensor:
-    return residual + (F.dropout(branch, dropout, training) if dropout else branch)
+class LayerNorm(Norm, nn.LayerNorm):
+    """See `Norm`."""
+
+    centered = True
+
+    @property
+    def _eps(self) -> float:
+        return self.eps
 
 
 MODEL = modeling_bloom.BloomModel
 BLOCK = modeling_bloom.BloomBlock
+NORMS = {nn.LayerNorm: LayerNorm}
 ATTENTION = {
     modeling_bloom.BloomForCausalLM: BloomForCausalLM,
     modeling_bloom.BloomModel: BloomModel,
     modeling_bloom.BloomBlock: BloomBlock,
+    modeling_bloom.BloomMLP: BloomMLP,
     modeling_bloom.BloomAttention: BloomAttention,
 }

@@ -86,9 +86,7 @@ class Decoding:
         """
         kept = self._layers
         new: list[Any] = cache.layers
-        for layer in new:
-            if type(layer) is StaticLayer:
-                layer.__class__ = TokenLayer
+        TokenLayer.exchange(new)
         is_free = bool(kept) and self._has_layers() is None and all(layer.is_initialized for layer in kept)
         if is_free and list(map(_size, kept)) == list(map(_size, new)) and kept[0].keys.shape[0] == rows:
             for layer, old in zip(new, kept, strict=True):

@@ -19,18 +19,20 @@ from .autocast import without_casts
 from .cache import CACHE
 from .decoding import GeneratingModel
 from .graphs import BUCKET, Graphs, can_capture
+from .norm import Norm, add_and_normalize, is_heard
 from .recompute import RecomputedBlock, RecomputedModel
 from .swiglu import swiglu
 
 
-class _Norm:
+class _Norm(Norm):
     """Root-mean-square normalization in one kernel: float32 inside, rounded once to the dtype of the input."""
 
-    weight: Any
+    centered = False
     variance_epsilon: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+    @property
+    def _eps(self) -> float:
+        return self.variance_epsilon
 
 
 class _Mlp:
@@ -60,8 +62,19 @@ class Block(RecomputedBlock):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if self.recomputes:
             kwargs |= {CACHE: None, "use_cache": False}  # a second run would put the keys in twice
+        if not torch.is_grad_enabled():
+            branch, residual = self.open(None, hidden_states, kwargs)
+            return residual + branch
         with contextlib.nullcontext() if self.casts else without_casts(hidden_states):
             return self._run((self._attention_part, self._mlp_part), hidden_states, kwargs)
+
+    def open(self, branch: Tensor | None, residual: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Branch and residual that the block ends with, from those before it: a norm takes the sum along."""
+        with contextlib.nullcontext() if self.casts else without_casts(residual):
+            hidden, normalized = add_and_normalize(self.input_layernorm, branch, residual)
+            branch = self.self_attn(hidden_states=normalized, **kwargs)[0]
+            hidden, normalized = add_and_normalize(self.post_attention_layernorm, branch, hidden)
+            return self.mlp(normalized), hidden
 
     def _attention_part(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return hidden + self.self_attn(hidden_states=self.input_layernorm(hidden), **kwargs)[0]
@@ -96,9 +109,7 @@ class Blocks(nn.ModuleList):
     def _all(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         inputs = self._inputs(hidden, kwargs)
         if inputs is None:
-            for block in self:
-                hidden = block(hidden, **kwargs)
-            return hidden
+            return self._each(hidden, kwargs)
 
         def run(hidden: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None = None) -> Tensor:
             for block in self:
@@ -107,6 +118,17 @@ class Blocks(nn.ModuleList):
 
         assert self.graphs is not None
         return self.graphs(run, self, *inputs)[:, : hidden.shape[1]]
+
+    def _each(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        blocks: list[Any] = list(self)
+        if torch.is_grad_enabled() or any(map(is_heard, blocks)):
+            for block in blocks:
+                hidden = block(hidden, **kwargs)
+            return hidden
+        branch = None
+        for block in blocks:
+            branch, hidden = block.open(branch, hidden, kwargs)
+        return hidden if branch is None else hidden + branch
 
     def _inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """What `run` takes, padded at the sequences' end, where causality hides it; None where it is not all.
