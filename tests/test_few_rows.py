@@ -17,7 +17,7 @@ from qkernels.norm import LARGEST_ROW
 from qlora import optimize_model
 from qlora.optimize import norm, token_layer
 from qlora.optimize.cache import CACHE
-from qlora.optimize.norm import FEW_ROWS, Norm
+from qlora.optimize.norm import FEW_ROWS, Norm, add_and_normalize
 from qlora.optimize.recompute import RecomputedBlock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -182,6 +182,15 @@ def test_who_does_without_the_kernel(on_gpu, family):
             with torch.autocast("cpu", torch.bfloat16):
                 next(module for module in model.modules() if isinstance(module, Norm))(torch.ones(1, 48))
     assert not called.found
+
+
+def test_a_sum_of_two_dtypes_is_torchs(on_gpu):
+    module = next(module for module in pair("bloom")[1].modules() if isinstance(module, Norm))
+    branch, residual = torch.randn(2, 1, 48).half(), torch.randn(2, 1, 48)
+    with torch.no_grad():
+        total, normalized = add_and_normalize(module, branch, residual)
+    assert torch.equal(total, residual + branch)
+    assert normalized.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", NORMS)

@@ -49,7 +49,7 @@ def add_and_normalize(norm: nn.Module, branch: Tensor | None, residual: Tensor) 
     """residual + branch (or the residual alone), and that normalized."""
     if branch is None:
         return residual, norm(residual)
-    if isinstance(norm, Norm) and not is_heard(norm) and _is_for_kernel(branch):
+    if isinstance(norm, Norm) and not is_heard(norm) and branch.dtype == residual.dtype and _is_for_kernel(branch):
         return normalize(branch, norm.weight, norm._bias, eps=norm._eps, centered=norm.centered, residual=residual)
     total = residual + branch
     return total, norm(total)

@@ -3,6 +3,7 @@
 Room: the only file that reaches into transformers' loop of `generate`.  The loop waits for each token before it
 prepares the next, and the GPU for the loop.  For Apple's GPUs transformers has a check that comes one token late and
 takes back the token that was too many (`DeferredStopCheck`); here NVIDIA's have it too, where the caller cannot tell.
+It makes a call of 64 tokens a tenth shorter (docs/log.md, "one row between the products").
 """
 
 from __future__ import annotations
