@@ -8,149 +8,69 @@ The kernel and the reasons are in `matmul_skinny_dx.py`.
 
 from __future__ import annotations
 
-import math
-
-import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from ..tuning.skinny_dx import is_ragged as _is_ragged
 from ._dx_lanes import eight_weights_asm, load_shared_vector, wait_for_warp, weights_asm
 from ._dx_rows import load_ragged_rows, ragged_halves
 from ._dx_scales import SCALE_PITCH, leave_scales, load_one, load_together
 from ._lanes import load_shared, store_shared
 
-is_ragged = triton.constexpr_function(_is_ragged)
-
-
-@gluon.constexpr_function
-def scales_a_row(K, QUANT_BLOCK, BYTES):
-    """The most blocks that a warp's k of a row lie in."""
-    span = 16 * BYTES
-    last = QUANT_BLOCK - math.gcd(K, QUANT_BLOCK, span)  # where the warp's k begin in a block, at most
-    return (last + span - 1) // QUANT_BLOCK + 1
-
-
-@gluon.constexpr_function
-def grain_of(K, QUANT_BLOCK):
-    """Blocks begin at multiples of it in every row."""
-    return math.gcd(K, QUANT_BLOCK)
-
-
-@gluon.constexpr_function
-def is_divided(K, QUANT_BLOCK, BYTES):
-    """Whether a block may end within a lane's bytes of a row."""
-    return math.gcd(K, QUANT_BLOCK) < 2 * BYTES
-
-
-@gluon.constexpr_function
-def ragged_areas(K, QUANT_BLOCK, BYTES):
-    """Scales of a row that a warp keeps in shared memory: one more where a lane reads on beside the last."""
-    return scales_a_row(K, QUANT_BLOCK, BYTES) + is_divided(K, QUANT_BLOCK, BYTES)
-
 
 @gluon.jit
-def load_ragged_step(
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def load_ragged_step(pointers, place, sizes, first, inside, form: gl.constexpr):
     """A step's words of W and stored scales."""
     packed_ptr, absmax_ptr, absmax_8bit_ptr = pointers[:3]
     N = sizes[1]
-    w = load_ragged_rows(packed_ptr, place, N, first, inside, K, ALIGNED, BYTES)
-    stored = _load_stored(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        first + place[0],
-        place[2],
-        N,
-        inside,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-        BYTES,
-    )
-    return w, stored
+    w = load_ragged_rows(packed_ptr, place, N, first, inside, form.K, form.ALIGNED, form.BYTES)
+    return w, _load_stored(absmax_ptr, absmax_8bit_ptr, first + place[0], place[2], N, inside, form)
 
 
 @gluon.jit
-def _load_stored(
-    absmax_ptr,
-    absmax_8bit_ptr,
-    row,
-    first_k,
-    N,
-    inside,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def _load_stored(absmax_ptr, absmax_8bit_ptr, row, first_k, N, inside, form: gl.constexpr):
     """What is stored for the blocks in which a warp's k of a row lie; as `load_stored`.  Rows after the last have 0."""
-    first = ((row.to(gl.int64) * K + first_k) // QUANT_BLOCK).to(gl.int32)
-    last = ((N.to(gl.int64) * K - 1) // QUANT_BLOCK).to(gl.int32)
+    first = ((row.to(gl.int64) * form.K + first_k) // form.QUANT_BLOCK).to(gl.int32)
+    last = ((N.to(gl.int64) * form.K - 1) // form.QUANT_BLOCK).to(gl.int32)
     mask = (inside != 0) & (row < N)
     stored = ()
-    COUNT: gl.constexpr = scales_a_row(K, QUANT_BLOCK, BYTES)
+    COUNT: gl.constexpr = form.MOST_BLOCKS
     # Where a row's blocks are a multiple of COUNT, a power of two then, they lie in one word and have one scale.
-    TOGETHER: gl.constexpr = NESTED and COUNT <= 4 and K % (COUNT * QUANT_BLOCK) == 0
+    TOGETHER: gl.constexpr = form.NESTED and COUNT <= 4 and form.K % (COUNT * form.QUANT_BLOCK) == 0
     if TOGETHER:
         at = gl.minimum(first, last - (COUNT - 1))
-        stored = load_together(absmax_ptr, absmax_8bit_ptr, at, mask, mask, COUNT, NESTED_BLOCK)
+        stored = load_together(absmax_ptr, absmax_8bit_ptr, at, mask, mask, COUNT, form.NESTED_BLOCK)
     else:
         for i in gl.static_range(COUNT):
             at = gl.minimum(first + i, last)
-            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, NESTED, NESTED_BLOCK)
+            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, form.NESTED, form.NESTED_BLOCK)
     return stored
 
 
 @gluon.jit
-def ragged_scales_of_lane(
-    stored,
-    area,
-    map_address,
-    offset,
-    lane,
-    first,
-    first_k,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def ragged_scales_of_lane(stored, area, map_address, offset, lane, first, first_k, form: gl.constexpr):
     """Of this lane's bytes of eight rows the scales of the first block and, where it may end there, of the next, and
     how many k are before that one."""
-    COUNT: gl.constexpr = scales_a_row(K, QUANT_BLOCK, BYTES)
-    DIVIDED: gl.constexpr = is_divided(K, QUANT_BLOCK, BYTES)
+    COUNT: gl.constexpr = form.MOST_BLOCKS
+    DIVIDED: gl.constexpr = form.DIVIDED
+    QUANT_BLOCK: gl.constexpr = form.QUANT_BLOCK
     wait_for_warp(lane)  # the last step's are read
-    scale = leave_scales(stored, area, map_address, offset, lane, COUNT, NESTED)
+    scale = leave_scales(stored, area, map_address, offset, lane, COUNT, form.NESTED)
     if DIVIDED:  # read beside the last block's, and not used
         store_shared(area + (SCALE_PITCH * COUNT + lane) * 4, scale.to(gl.int32, bitcast=True))
     wait_for_warp(lane)
-    lane_k = lane // 4 * (2 * BYTES)
+    lane_k = lane // 4 * (2 * form.BYTES)
     here = area + lane % 4 * 32
-    if K % QUANT_BLOCK == 0:
+    if form.K % QUANT_BLOCK == 0:
         here += lane_k // QUANT_BLOCK * (SCALE_PITCH * 4)
         scales = load_shared_vector(here) + load_shared_vector(here + 16)
     else:
         # A step's 32 rows are whole blocks mostly: then the places are the same in each step.
-        n = lane % 4 * 8 if 32 * K % QUANT_BLOCK == 0 else first + lane % 4 * 8
+        n = lane % 4 * 8 if 32 * form.K % QUANT_BLOCK == 0 else first + lane % 4 * 8
         scales = ()
         then = ()
         switches = ()
         for i in gl.static_range(8):
-            k = (((n + i) * K + first_k) & (QUANT_BLOCK - 1)) + lane_k
+            k = (((n + i) * form.K + first_k) & (QUANT_BLOCK - 1)) + lane_k
             address = here + (k // QUANT_BLOCK * SCALE_PITCH + i) * 4
             scales = scales + (load_shared(address),)
             if DIVIDED:
@@ -199,10 +119,13 @@ def _scale_at(scales, ROW: gl.constexpr, FIRST: gl.constexpr, DIVIDED: gl.conste
 
 
 @gluon.jit
-def ragged_pairs(w, scales, lane8, K: gl.constexpr, QUANT_BLOCK: gl.constexpr, BYTES: gl.constexpr, KIND: gl.constexpr):
+def ragged_pairs(w, scales, lane8, form: gl.constexpr):
     """All of a step's fragment registers, as `decode_pair` gives them, [word][pair of rows][8]."""
-    GRAIN: gl.constexpr = grain_of(K, QUANT_BLOCK)
-    DIVIDED: gl.constexpr = is_divided(K, QUANT_BLOCK, BYTES)
+    GRAIN: gl.constexpr = form.GRAIN
+    DIVIDED: gl.constexpr = form.DIVIDED
+    KIND: gl.constexpr = form.KIND
+    K: gl.constexpr = form.K
+    BYTES: gl.constexpr = form.BYTES
     pairs = ()
     for word in gl.static_range(BYTES // 4):
         for row in gl.static_range(0, 8, 2):

@@ -62,34 +62,25 @@ def load_together(absmax_ptr, absmax_8bit_ptr, first, mask, inside, COUNT: gl.co
 
 
 @gluon.jit
-def load_stored(
-    absmax_ptr,
-    absmax_8bit_ptr,
-    row,
-    block,
-    inside,
-    BLOCKS: gl.constexpr,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-):
-    """What is stored for BLOCKS blocks of a row: the scales, nested (bytes of 8-bit indices, and scales of these).
+def load_stored(absmax_ptr, absmax_8bit_ptr, row, block, inside, form: gl.constexpr):
+    """What is stored for a warp's blocks of a row: the scales, nested (bytes of 8-bit indices, and scales of these).
 
-    Where a row's blocks are a multiple of BLOCKS, those of a lane lie in one word and have one scale of their own.
+    Where a row's blocks are a multiple of them, those of a lane lie in one word and have one scale of their own.
     """
-    PER_BLOCK: gl.constexpr = QUANT_BLOCK // 64
-    TOGETHER: gl.constexpr = QUANT_BLOCK == 64 and K % (64 * BLOCKS) == 0
+    K: gl.constexpr = form.K
+    BLOCKS: gl.constexpr = form.WORDS
+    PER_BLOCK: gl.constexpr = form.QUANT_BLOCK // 64
+    TOGETHER: gl.constexpr = form.QUANT_BLOCK == 64 and K % (64 * BLOCKS) == 0
     mask = inside != 0
     stored = ()
-    if NESTED and TOGETHER:
+    if form.NESTED and TOGETHER:
         here = row * (K // 64) + gl.minimum(block, K // 64 - BLOCKS)
-        stored = load_together(absmax_ptr, absmax_8bit_ptr, here, mask, inside, BLOCKS, NESTED_BLOCK)
+        stored = load_together(absmax_ptr, absmax_8bit_ptr, here, mask, inside, BLOCKS, form.NESTED_BLOCK)
     else:
         for i in gl.static_range(BLOCKS):
             # Blocks past the end of a row are its last one again, as its bytes are.
             at = (row * (K // 64) + gl.minimum(block + i, K // 64 - 1)) // PER_BLOCK
-            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, NESTED, NESTED_BLOCK)
+            stored = stored + load_one(absmax_ptr, absmax_8bit_ptr, at, mask, form.NESTED, form.NESTED_BLOCK)
     return stored
 
 
@@ -107,9 +98,10 @@ def leave_scales(stored, area, map_address, offset, lane, COUNT: gl.constexpr, N
 
 
 @gluon.jit
-def scales_of_lane(stored, area, map_address, offset, lane, BLOCKS: gl.constexpr, NESTED: gl.constexpr):
+def scales_of_lane(stored, area, map_address, offset, lane, form: gl.constexpr):
     """The eight scales of this lane's rows and block.  `area` is this warp's, of two in turn: one barrier is enough."""
-    leave_scales(stored, area, map_address, offset, lane, BLOCKS, NESTED)
+    BLOCKS: gl.constexpr = form.WORDS
+    leave_scales(stored, area, map_address, offset, lane, BLOCKS, form.NESTED)
     wait_for_warp(lane)
     here = area + (lane // (32 // BLOCKS) * SCALE_PITCH + lane % 4 * 8) * 4
     return load_shared_vector(here) + load_shared_vector(here + 16)

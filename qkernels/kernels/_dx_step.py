@@ -9,99 +9,49 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from ._dx_lanes import decode_pair, load_dy, load_words
-from ._dx_ragged import is_ragged, load_ragged_step, ragged_pairs, ragged_scales_of_lane
+from ._dx_ragged import load_ragged_step, ragged_pairs, ragged_scales_of_lane
 from ._dx_scales import load_stored, scales_of_lane
 from ._lanes import load_shared, mma, store_shared
 
 
 @gluon.jit
-def _load_whole_step(
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def _load_whole_step(pointers, place, sizes, first, inside, form: gl.constexpr):
     """As `load_step`.  Rows after the last are the last eight again, of a dy that is 0."""
     packed_ptr, absmax_ptr, absmax_8bit_ptr = pointers[:3]
     lane, column, first_block = place[:3]
     N = sizes[1]
     n = first + lane % 4 * 8
     row = gl.minimum(n, N - 8)
-    address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (K // 2) + column
+    address = packed_ptr.to(gl.int64) + row.to(gl.int64) * (form.K // 2) + column
     w = ()
     for i in gl.static_range(8):
-        w = w + load_words(address + i * (K // 2), inside, BYTES // 4, 0, "no_allocate")
+        w = w + load_words(address + i * (form.K // 2), inside, form.WORDS, 0, "no_allocate")
     lanes_row = gl.minimum(first + lane // 8 * 8, N - 8) + lane % 8
-    stored = load_stored(
-        absmax_ptr,
-        absmax_8bit_ptr,
-        lanes_row,
-        first_block,
-        inside,
-        BYTES // 4,
-        K,
-        NESTED,
-        NESTED_BLOCK,
-        QUANT_BLOCK,
-    )
-    return w, stored
+    return w, load_stored(absmax_ptr, absmax_8bit_ptr, lanes_row, first_block, inside, form)
 
 
 @gluon.jit
-def load_step(
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    NESTED_BLOCK: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def load_step(pointers, place, sizes, first, inside, form: gl.constexpr):
     """A step's words of W and stored scales.
 
     `pointers` are to W, to the two kinds of scales and to dy, `place` is the lane, its first byte of a row of W, its
     first block of 64 k, the program's first row of dy and W's tail (of ragged rows its warp's first k, and the tail is
     read), `sizes` are M and N.
     """
-    if is_ragged(K, QUANT_BLOCK):
-        loaded = load_ragged_step(
-            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES
-        )
+    if form.RAGGED:
+        loaded = load_ragged_step(pointers, place, sizes, first, inside, form)
     else:
-        loaded = _load_whole_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, BYTES)
+        loaded = _load_whole_step(pointers, place, sizes, first, inside, form)
     return loaded
 
 
 @gluon.jit
-def step_scales(
-    stored,
-    area,
-    map_address,
-    offset,
-    place,
-    first,
-    K: gl.constexpr,
-    NESTED: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    BYTES: gl.constexpr,
-):
+def step_scales(stored, area, map_address, offset, place, first, form: gl.constexpr):
     """The scales of a lane's rows and bytes, of what `load_step` gave for the step that began at `first`."""
-    if is_ragged(K, QUANT_BLOCK):
-        scales = ragged_scales_of_lane(
-            stored, area, map_address, offset, place[0], first, place[2], K, NESTED, QUANT_BLOCK, BYTES
-        )
+    if form.RAGGED:
+        scales = ragged_scales_of_lane(stored, area, map_address, offset, place[0], first, place[2], form)
     else:
-        scales = scales_of_lane(stored, area, map_address, offset, place[0], BYTES // 4, NESTED)
+        scales = scales_of_lane(stored, area, map_address, offset, place[0], form)
     return scales
 
 
@@ -116,33 +66,24 @@ def _two(pairs, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def load_columns(
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    FIRST: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    RAGGED: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
+def load_columns(pointers, place, sizes, first, inside, FIRST: gl.constexpr, COLUMNS: gl.constexpr, form: gl.constexpr):
     """A step's COLUMNS rows of dy from the program's row FIRST on: four registers for each eight."""
     lane = place[0]
     M, N = sizes
     n = first + lane % 4 * 8
     m = place[3] + FIRST + lane // 4
-    if RAGGED and not ALIGNED:
+    if form.RAGGED and not form.ALIGNED:
         begin = n  # as its rows of W do
     else:
         begin = gl.minimum(n, N - 8)
-    return load_dy(pointers[3], m, begin, n, inside, M, N, ALIGNED, RAGGED, COLUMNS)
+    return load_dy(pointers[3], m, begin, n, inside, M, N, form.ALIGNED, form.RAGGED, COLUMNS)
 
 
 @gluon.jit
-def _whole_pairs(w, scales, lane8, BYTES: gl.constexpr, KIND: gl.constexpr):
+def _whole_pairs(w, scales, lane8, form: gl.constexpr):
     """All of a step's fragment registers, [word][pair of rows][8]."""
-    WORDS: gl.constexpr = BYTES // 4
+    WORDS: gl.constexpr = form.WORDS
+    KIND: gl.constexpr = form.KIND
     pairs = ()
     for word in gl.static_range(WORDS):
         for pair in gl.static_range(4):
@@ -153,24 +94,7 @@ def _whole_pairs(w, scales, lane8, BYTES: gl.constexpr, KIND: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
-    acc,
-    w,
-    scales,
-    dy,
-    lane8,
-    pointers,
-    place,
-    sizes,
-    first,
-    inside,
-    K: gl.constexpr,
-    QUANT_BLOCK: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    BYTES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    KIND: gl.constexpr,
-):
+def multiply(acc, w, scales, dy, lane8, pointers, place, sizes, first, inside, form: gl.constexpr):
     """Add the product of 32 rows of W, eight rows of dy after the other.
 
     Of more than eight, those of the step that begins at `first` are loaded as soon as those before them are used: so
@@ -179,10 +103,13 @@ def multiply(
     Returns:
         The sums, [8 rows of dy][byte][4], and the dy that is there now.
     """
-    if is_ragged(K, QUANT_BLOCK):
-        pairs = ragged_pairs(w, scales, lane8, K, QUANT_BLOCK, BYTES, KIND)
+    BYTES: gl.constexpr = form.BYTES
+    GROUPS: gl.constexpr = form.GROUPS
+    KIND: gl.constexpr = form.KIND
+    if form.RAGGED:
+        pairs = ragged_pairs(w, scales, lane8, form)
     else:
-        pairs = _whole_pairs(w, scales, lane8, BYTES, KIND)
+        pairs = _whole_pairs(w, scales, lane8, form)
     sums = ()
     then = ()
     for j in gl.static_range(GROUPS):
@@ -192,9 +119,7 @@ def multiply(
                 a = a + _two(pairs, 32 * (byte // 4) + 8 * pair + byte % 4 * 2)
             sums = sums + mma(a, dy, 4 * j, _four(acc, 4 * (j * BYTES + byte)), KIND)
         if GROUPS > 1:
-            then = then + load_columns(
-                pointers, place, sizes, first, inside, 8 * j, ALIGNED, is_ragged(K, QUANT_BLOCK), 8
-            )
+            then = then + load_columns(pointers, place, sizes, first, inside, 8 * j, 8, form)
     if GROUPS == 1:
         then = dy
     return sums, then
@@ -209,26 +134,15 @@ def store_sums(shared, acc, thread, COLUMN: gl.constexpr, BYTES: gl.constexpr, T
 
 
 @gluon.jit
-def add_warps(
-    shared,
-    out_ptr,
-    thread,
-    first_k,
-    first_m,
-    M,
-    COLUMN: gl.constexpr,
-    K: gl.constexpr,
-    BYTES: gl.constexpr,
-    K_WARPS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+def add_warps(shared, out_ptr, thread, first_k, first_m, M, COLUMN: gl.constexpr, form: gl.constexpr):
     """Add up the warps that share the rows, in their order, for what `store_sums` has stored.
 
     The sums are the results, or this program's part of them, [m][k] in float32.
     """
-    THREADS: gl.constexpr = 32 * num_warps
-    ROWS: gl.constexpr = 16 * BYTES * K_WARPS
+    THREADS: gl.constexpr = form.THREADS
+    ROWS: gl.constexpr = form.ROWS
+    BYTES: gl.constexpr = form.BYTES
+    N_WARPS: gl.constexpr = form.N_WARPS
     for first in gl.static_range(0, 4 * ROWS, THREADS):
         result = first + thread
         k = result % ROWS
@@ -237,12 +151,12 @@ def add_warps(
         lane = k // (2 * BYTES) % 8 * 4 + t
         address = shared + (value * (THREADS + 1) + k // (16 * BYTES) * 32 + lane) * 4
         total = load_shared(address)
-        for n_warp in gl.static_range(1, num_warps // K_WARPS):
-            total += load_shared(address + n_warp * (128 * K_WARPS))
+        for n_warp in gl.static_range(1, N_WARPS):
+            total += load_shared(address + n_warp * (128 * form.K_WARPS))
         m = COLUMN // 2 * 8 + COLUMN % 2 + 2 * t
-        inside = (result < 4 * ROWS) & (first_m + m < M) & (first_k + k < K)
-        if SPLIT:
+        inside = (result < 4 * ROWS) & (first_m + m < M) & (first_k + k < form.K)
+        if form.SPLIT:
             at = (m * ROWS + k).to(gl.int64)
         else:
-            at = (first_m + m).to(gl.int64) * K + first_k + k
+            at = (first_m + m).to(gl.int64) * form.K + first_k + k
         gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)

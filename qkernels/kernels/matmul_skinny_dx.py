@@ -29,8 +29,8 @@ from ..format import FP4_CODE, NESTED_BLOCKSIZE, NF4_CODE
 from ..tuning.skinny_dx import STEP as _STEP_SIZE
 from ..tuning.skinny_dx import TABLE_BYTES as _TABLE_SIZE
 from ..tuning.skinny_dx import SkinnyDxConfig
+from ._dx_form import dx_form_of
 from ._dx_lanes import fill_table
-from ._dx_ragged import is_ragged, ragged_areas
 from ._dx_rows import load_tail
 from ._dx_scales import scale_area, store_map
 from ._dx_step import add_warps, load_columns, load_step, multiply, step_scales, store_sums
@@ -70,14 +70,16 @@ def _matmul_skinny_dx_kernel(
     EARLY: gl.constexpr,
     SHARED_BYTES: gl.constexpr,
 ):
-    num_warps: gl.constexpr = gl.num_warps()
-    THREADS: gl.constexpr = 32 * num_warps
-    N_WARPS: gl.constexpr = num_warps // K_WARPS
-    ROWS: gl.constexpr = 16 * BYTES * K_WARPS
-    GROUPS: gl.constexpr = COLUMNS // 8
-    RAGGED: gl.constexpr = is_ragged(K, QUANT_BLOCK)
-    AREAS: gl.constexpr = ragged_areas(K, QUANT_BLOCK, BYTES) if RAGGED else BYTES // 4
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    WARPS: gl.constexpr = gl.num_warps()
+    form: gl.constexpr = dx_form_of(
+        K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, KIND, COLUMNS, BYTES, K_WARPS, SPLIT, WARPS
+    )
+    THREADS: gl.constexpr = form.THREADS
+    N_WARPS: gl.constexpr = form.N_WARPS
+    ROWS: gl.constexpr = form.ROWS
+    GROUPS: gl.constexpr = form.GROUPS
+    RAGGED: gl.constexpr = form.RAGGED
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     memory = gl.allocate_shared_memory(
         gl.float32, [SHARED_BYTES // (4 * THREADS), THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -110,7 +112,7 @@ def _matmul_skinny_dx_kernel(
     sizes = (M, N)
 
     wait_for_all(thread)
-    fill_table(shared, warp, lane, CODES, num_warps)
+    fill_table(shared, warp, lane, CODES, WARPS)
     if EARLY:
         wait_for_previous(thread)
         let_next_begin(thread)
@@ -119,8 +121,8 @@ def _matmul_skinny_dx_kernel(
         tail = load_tail(packed_ptr, lane, N, K)
     place = (lane, column, first_block, first_m, tail)
     inside = (n_warp < steps).to(gl.int32)
-    w, stored = load_step(pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES)
-    dy = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, RAGGED, COLUMNS)
+    w, stored = load_step(pointers, place, sizes, first, inside, form)
+    dy = load_columns(pointers, place, sizes, first, inside, 0, COLUMNS, form)
     offset = 0.0
     if NESTED:
         offset = gl.load(absmax_offset_ptr)
@@ -130,37 +132,18 @@ def _matmul_skinny_dx_kernel(
     acc = zeros(lane)
     for _ in gl.static_range(1, BYTES * GROUPS):
         acc = acc + zeros(lane)
-    this_n_warp = warp_number(num_warps) // K_WARPS
+    this_n_warp = warp_number(WARPS) // K_WARPS
     for turn in range((part_steps + N_WARPS - 1) // N_WARPS):
         first += N_WARPS * STEP
         inside = ((turn + 1) * N_WARPS + n_warp < steps).to(gl.int32)
-        w_then, stored_then = load_step(
-            pointers, place, sizes, first, inside, K, NESTED, NESTED_BLOCK, QUANT_BLOCK, ALIGNED, BYTES
-        )
+        w_then, stored_then = load_step(pointers, place, sizes, first, inside, form)
         if GROUPS == 1:
-            dy_then = load_columns(pointers, place, sizes, first, inside, 0, ALIGNED, RAGGED, COLUMNS)
+            dy_then = load_columns(pointers, place, sizes, first, inside, 0, COLUMNS, form)
         if turn * N_WARPS + this_n_warp < steps:
-            area = scale_area(map_address, warp, 0 if RAGGED else turn, AREAS, num_warps)
+            area = scale_area(map_address, warp, 0 if RAGGED else turn, form.AREAS, WARPS)
             here = first - N_WARPS * STEP
-            scales = step_scales(stored, area, map_address, offset, place, here, K, NESTED, QUANT_BLOCK, BYTES)
-            acc, dy = multiply(
-                acc,
-                w,
-                scales,
-                dy,
-                lane8,
-                pointers,
-                place,
-                sizes,
-                first,
-                inside,
-                K,
-                QUANT_BLOCK,
-                ALIGNED,
-                BYTES,
-                GROUPS,
-                KIND,
-            )
+            scales = step_scales(stored, area, map_address, offset, place, here, form)
+            acc, dy = multiply(acc, w, scales, dy, lane8, pointers, place, sizes, first, inside, form)
         w = w_then
         stored = stored_then
         if GROUPS == 1:
@@ -177,7 +160,7 @@ def _matmul_skinny_dx_kernel(
         for i in gl.static_range(AT_ONCE):
             if turn + i < 2 * GROUPS:
                 sums = shared + i * COLUMN_BYTES
-                add_warps(sums, out_ptr, thread, first_k, first_m, M, turn + i, K, BYTES, K_WARPS, SPLIT, num_warps)
+                add_warps(sums, out_ptr, thread, first_k, first_m, M, turn + i, form)
 
 
 _LAUNCHERS = early_and_late(_matmul_skinny_dx_kernel, views={1: torch.uint8}, enable_fp_fusion=False)
