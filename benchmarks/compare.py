@@ -6,7 +6,8 @@ Times differ from machine to machine, so ratios are compared: the time of whatev
 the same inputs, over ours.  That is bitsandbytes, torch in 16 bits, the copy of the same weight.  These do not stay
 equally fast from run to run either (bitsandbytes' quantizer waits for the host, cuBLAS loses to a lower clock), so ours
 has become slower only where it lost to all of them: by more than twice the noise, which each run measures by timing the
-same code twice (rows "..., again").  Then it ends with 1.
+same code twice (rows "..., again"), or twice 2% where that is less, since processes differ by more than one does from
+itself.  Then it ends with 1.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 OURS, AGAIN = ("qkernels", "qlora"), ", again"
 RIVAL, COPY = "bitsandbytes", "a copy"
 Case = tuple[object, ...]
+# Quantizing 4096 x 4096 took 28.1, 28.8 and 29.0 us in three processes, each of which repeated itself within 1%.
+BETWEEN_PROCESSES = 0.02
 
 
 def ratios(rows: Iterable[Row]) -> dict[Case, dict[str, float]]:
@@ -73,7 +76,7 @@ def compare(before: list[Row], after: list[Row]) -> tuple[list[str], bool]:
         if not known:
             lines.append(f"{_text(case)}: neither run measured its noise, not compared")
             continue
-        allowed = 2 * max(known)
+        allowed = 2 * max(*known, BETWEEN_PROCESSES)
         slower, faster = max(changes.values()) < -allowed, min(changes.values()) > allowed
         verdicts.append("SLOWER" if slower else "faster" if faster else "the same")
         shown = (f"{name} {old[case][name]:.2f} -> {new[case][name]:.2f} ({by:+.1%})" for name, by in changes.items())
