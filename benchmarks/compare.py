@@ -81,6 +81,10 @@ def compare(before: list[Row], after: list[Row]) -> tuple[list[str], bool]:
         verdicts.append("SLOWER" if slower else "faster" if faster else "the same")
         shown = (f"{name} {old[case][name]:.2f} -> {new[case][name]:.2f} ({by:+.1%})" for name, by in changes.items())
         lines.append(f"{_text(case)}: {verdicts[-1]}; times ours, {', '.join(shown)}")
+    if verdicts:
+        lines.append(
+            f"noise between processes, at least: {BETWEEN_PROCESSES:.1%}; twice the largest noise is no change"
+        )
     for name, one in zip(("the record", "this run"), spread, strict=True):
         lines += [f"noise of {name}, {clock}: {value:.1%}" for clock, value in one.items()]
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in Counter(verdicts).items()) or "nothing compared")

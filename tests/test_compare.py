@@ -76,12 +76,15 @@ def test_a_noisy_run_proves_less():
     assert lines[-3:] == [*noise, "3 the same"]
 
 
-@pytest.mark.parametrize(("ours", "verdict"), [(10.35, "the same"), (10.5, "SLOWER"), (9.7, "the same"), (9.5, "faster")])
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [(10.35, "the same"), (10.5, "SLOWER"), (9.7, "the same"), (9.5, "faster")]
+)
 def test_what_processes_differ_by_is_no_change(ours, verdict):
     lines, fine = compare.compare(rows_of(10, 20), rows_of(ours, 20))
     assert fine == (verdict != "SLOWER")
     assert lines[-1] in (f"2 {verdict}, 1 the same", "3 the same")
     assert sum(verdict in line for line in lines[:-1]) >= 2
+    assert "noise between processes, at least: 2.0%; twice the largest noise is no change" in lines
 
 
 def test_a_noisy_load_hides_no_slower_step():
