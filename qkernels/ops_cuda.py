@@ -137,17 +137,19 @@ def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
 ) -> tuple[Tensor, Tensor]:
     with on_device_of(x):
-        early = capability_of(x.get_device()) >= _EARLY_CAPABILITY
-        return norm_triton(x, residual, weight, bias, eps, centered, norm_config(x.shape[-1]), early)
+        return norm_triton(x, residual, weight, bias, eps, centered, norm_config(x.shape[-1]), _begins_early(x))
 
 
 def token_attention(
     query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor, bias: Tensor
 ) -> Tensor:
     with on_device_of(query):
-        early = capability_of(query.get_device()) >= _EARLY_CAPABILITY
         config = token_attention_config(query.shape[-1], query.itemsize)
-        return token_attention_triton(query, key, value, keys, values, length, bias, config, early)
+        return token_attention_triton(query, key, value, keys, values, length, bias, config, _begins_early(query))
+
+
+def _begins_early(x: Tensor) -> bool:
+    return capability_of(x.get_device()) >= _EARLY_CAPABILITY
 
 
 # The products ask `dispatch.py`.  What no fused kernel takes is dequantized to the activations' dtype and handed to

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -72,9 +73,8 @@ class Trainer(SFTTrainer):
         known = inputs.pop(places.NAME, None)
         if known is not None:
             inputs["labels"] = places.placed(inputs["labels"], known)
-        if not model.training or self.accelerator.num_processes > 1:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with read_later(self.accelerator):
+        is_alone = model.training and self.accelerator.num_processes == 1
+        with read_later(self.accelerator) if is_alone else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, *args: Any, **kwargs: Any) -> None:

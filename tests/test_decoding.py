@@ -51,7 +51,7 @@ def captures(monkeypatch):
         self._graph, self._out = found[-1], (type(out), out.last_hidden_state)
 
     monkeypatch.setattr(Decoding, "_capture", capture)
-    monkeypatch.setattr(decoding, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(decoding, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(decoding, "can_defer", lambda **arguments: False)  # a CPU has no events
     return found
 

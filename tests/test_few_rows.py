@@ -142,8 +142,8 @@ class Called(TorchDispatchMode):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(norm, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(token_layer, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(norm, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(token_layer, "on_gpu", lambda tensor: True)
 
 
 def pair(family: str):

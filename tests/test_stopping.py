@@ -32,7 +32,7 @@ def late(monkeypatch):
     stock = utils.DeferredStopCheck.__call__
     monkeypatch.setattr(utils.DeferredStopCheck, "__call__", lambda *args: (asked.append(1), stock(*args))[1])
     monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(decoding, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(decoding, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(decoding, "_fits", lambda *args: False)
     return asked
 

@@ -191,7 +191,19 @@ def _config(
         shared = max(shared, (too_many // row + 1) * row)
     one_branch = phases(K, blocksize) == 0 and ((tiles, num_warps) in _ONE_BRANCH[columns] or parts > 1)
     one_branch &= (N, K, columns) not in _TWO_BRANCHES and not paired
-    return SkinnyConfig(columns, tiles, row_warps, num_warps, paired, known == 75, one_branch, early, parts, shared)
+    return SkinnyConfig(
+        columns,
+        tiles,
+        row_warps,
+        num_warps,
+        paired,
+        known == 75,
+        one_branch,
+        early,
+        parts,
+        shared,
+        _arranged(M, K),
+    )
 
 
 def _fits(config: SkinnyConfig, N: int, known: int) -> bool:
@@ -212,7 +224,7 @@ def skinny_candidates(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> l
     found = []
     for own, tiles, row_warps, num_warps in product(sorted(columns), (1, 2, 3), (1, 2), (4, 8, 16)):
         config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
-        config = config._replace(columns=own, arranged=ragged and _arranged(M, K))
+        config = config._replace(columns=own)
         across = -(-M // own) if ragged else 1
         enough = config.rows == 16 or PROCESSORS[known] <= 2 * across * programs(N, K, blocksize, config.rows)
         if _fits(config, N, known) and enough:
@@ -244,7 +256,7 @@ def _ragged_config(M: int, N: int, K: int, blocksize: int, known: int) -> Skinny
         if tiles == 2 and 8 < M <= 16 and K % 64 == 0 and K >= _LONG_K:
             num_warps, least = _LONG_WARPS, _LONG_PROGRAMS
         config = _config(M, N, K, blocksize, known, tiles, row_warps, num_warps)
-        config = config._replace(columns=columns, arranged=_arranged(M, K))
+        config = config._replace(columns=columns)
         count = programs(N, K, blocksize, config.rows)
         # Tiles that would only be emptier are no reason for fewer warps or more registers.
         fewer = best is None or config.rows == best.rows or count < programs(N, K, blocksize, best.rows)
@@ -269,7 +281,7 @@ def skinny_config(M: int, N: int, K: int, sm: int, blocksize: int = 64) -> Skinn
     known = generation(sm)
     measured = _MEASURED.get((N, K, 1 << (M - 1).bit_length()))
     if measured is not None and known == MEASURED_ON and blocksize >= 64:
-        return _config(M, N, K, blocksize, known, *measured)._replace(arranged=_arranged(M, K))
+        return _config(M, N, K, blocksize, known, *measured)
     if phases(K, blocksize):
         return _ragged_config(M, N, K, blocksize, known)
     best = None

@@ -48,21 +48,19 @@ class BloomAttention(modeling_bloom.BloomAttention):
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
             context = alibi_attention(query, key, value, bias, dropout).transpose(1, 2).reshape(batch, length, -1)
-        branch = self.dense(context)
-        return F.dropout(branch, self.hidden_dropout, self.training) if self.hidden_dropout else branch
+        return _dropped(self.dense(context), self.hidden_dropout, self.training)
 
 
 class BloomMLP(modeling_bloom.BloomMLP):
-    """The products, and the sum after them where it is not left to a norm."""
+    """The products; the sum after them is the block's, or left to a norm."""
 
     gelu_impl: Any
     dense_h_to_4h: Any
     dense_4h_to_h: Any
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         branch = self.dense_4h_to_h(self.gelu_impl(self.dense_h_to_4h(hidden_states)))
-        branch = F.dropout(branch, self.hidden_dropout, self.training) if self.hidden_dropout else branch
-        return branch if residual is None else residual + branch
+        return _dropped(branch, self.hidden_dropout, self.training)
 
 
 class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
@@ -82,7 +80,7 @@ class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
         """Branch and residual that the block ends with, from those before it: a norm takes the sum along."""
         branch, residual = self._attention(branch, residual, bias, cache)
         hidden, normalized = add_and_normalize(self.post_attention_layernorm, branch, residual)
-        return self.mlp(normalized, None), self._residual(normalized, hidden)
+        return self.mlp(normalized), self._residual(normalized, hidden)
 
     def _attention(
         self, branch: Tensor | None, residual: Tensor, bias: AttentionBias, cache: Any
@@ -96,7 +94,7 @@ class BloomBlock(RecomputedBlock, modeling_bloom.BloomBlock):
 
     def _mlp_part(self, hidden: Tensor, bias: AttentionBias, cache: Any) -> Tensor:
         normalized = self.post_attention_layernorm(hidden)
-        return self.mlp(normalized, self._residual(normalized, hidden))
+        return self._residual(normalized, hidden) + self.mlp(normalized)
 
     def _residual(self, normalized: Tensor, hidden: Tensor) -> Tensor:
         return normalized if self.apply_residual_connection_post_layernorm else hidden
@@ -246,6 +244,10 @@ class BloomForCausalLM(RecomputedModel, GeneratingModel, modeling_bloom.BloomFor
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+def _dropped(branch: Tensor, dropout: float, training: bool) -> Tensor:
+    return F.dropout(branch, dropout, training) if dropout else branch
 
 
 class LayerNorm(Norm, nn.LayerNorm):

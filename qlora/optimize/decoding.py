@@ -23,7 +23,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from .cache import CACHE
 from .capture import capture
 from .modes import stays_in_mode
-from .state import is_listened_to, state_of
+from .state import is_listened_to, on_gpu, state_of
 from .stopping import can_defer, deferred
 from .token_layer import TokenLayer
 
@@ -158,7 +158,7 @@ def _key(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
 def _fits(input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether this is a step for the graph: one token a row, on a GPU, with a static cache and nothing unusual."""
     return (
-        _on_gpu(input_ids)
+        on_gpu(input_ids)
         and input_ids.dim() == 2
         and input_ids.shape[1] == 1
         and _is_static(kwargs.get(CACHE))
@@ -167,10 +167,6 @@ def _fits(input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
         and kwargs.get("return_dict") is not False
         and all(value is None or value is False for name, value in kwargs.items() if name not in _EXPECTED)
     )
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 def _is_static(cache: Any) -> bool:
@@ -250,7 +246,7 @@ class GeneratingModel:
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop over the tokens; see stopping.py."""
         loop = functools.partial(super()._sample, input_ids, *args)  # type: ignore[misc]
-        if args or self._decoding is None or not (_on_gpu(input_ids) and can_defer(**kwargs)):
+        if args or self._decoding is None or not (on_gpu(input_ids) and can_defer(**kwargs)):
             return loop(**kwargs)
         processors = kwargs.pop("logits_processor")
         return deferred(

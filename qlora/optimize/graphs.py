@@ -24,6 +24,7 @@ from torch.autograd.grad_mode import set_multithreading_enabled
 from ..dropout import randomness
 from .capture import capture
 from .recompute import RecomputedBlock
+from .state import has_hooks
 
 # Texts of all lengths shall meet in a few graphs, and padding cost little.
 BUCKET = 64
@@ -146,9 +147,7 @@ class _Blocks:
 
     def listened_to(self) -> bool:
         """Whether a module has hooks, which a graph would not call."""
-        return any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in self._modules
-        )
+        return any(map(has_hooks, self._modules))
 
     def _children_now(self) -> list[nn.Module | None]:
         return [child for module in self._modules for child in module._modules.values()]

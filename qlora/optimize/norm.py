@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from qkernels import normalize
 
+from .state import on_gpu
+
 FEW_ROWS = 128
 
 
@@ -62,13 +64,9 @@ def is_heard(module: nn.Module) -> bool:
 
 def _is_for_kernel(hidden: Tensor) -> bool:
     return (
-        _on_gpu(hidden)
+        on_gpu(hidden)
         and not torch.is_grad_enabled()
         and hidden.numel() <= FEW_ROWS * hidden.shape[-1]
         and not torch.is_autocast_enabled(hidden.device.type)
         and not torch.compiler.is_compiling()
     )
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda

@@ -20,11 +20,17 @@ def state_of(model: nn.Module) -> list[Any]:
 
 def is_listened_to(model: nn.Module) -> bool:
     """Whether a module inside has hooks, which a graph would not call."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        for module in model.modules()
-        if module is not model
-    )
+    return any(has_hooks(module) for module in model.modules() if module is not model)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with this module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether it lies on one."""
+    return tensor.is_cuda
 
 
 def _of_module(module: Any) -> tuple[Any, ...]:

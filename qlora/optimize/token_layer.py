@@ -14,6 +14,8 @@ from transformers.cache_utils import StaticLayer
 
 from qkernels import token_attention
 
+from .state import on_gpu
+
 # Places up to which torch's three launches take longer: 10.5 us for 4.9 at 128, 14.4 for 15.5 at 512 (H100).
 MOST_PLACES = 256
 
@@ -79,7 +81,7 @@ class TokenLayer(StaticLayer):
             and self.max_cache_len <= MOST_PLACES
             and query.shape[-2] == 1
             and query.dtype == self.keys.dtype
-            and _on_gpu(query)
+            and on_gpu(query)
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         )
@@ -93,7 +95,3 @@ class TokenLayer(StaticLayer):
     def _count(self, tokens: int) -> None:
         if self._counts:
             self.cumulative_length.add_(tokens)
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
